@@ -1,0 +1,49 @@
+"""tunewise finds the cheapest way to fine-tune or train a language model well, proves it by experiment, and does it.
+
+    import tunewise
+    result = tunewise.train({"model": "embedded", "data": "stdlib"})
+    print(result.outcome.best_loss, result.saved.folder)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunewise.api import Result, export_merged, resume, train
+    from tunewise.errors import Conflict, DoesNotFit, InputError, MissingBackend, TunewiseError
+    from tunewise.recipe import Recipe
+
+_HOMES = {
+    "train": "tunewise.api",
+    "resume": "tunewise.api",
+    "export_merged": "tunewise.api",
+    "Result": "tunewise.api",
+    "Recipe": "tunewise.recipe",
+    "TunewiseError": "tunewise.errors",
+    "InputError": "tunewise.errors",
+    "Conflict": "tunewise.errors",
+    "MissingBackend": "tunewise.errors",
+    "DoesNotFit": "tunewise.errors",
+}
+
+__all__ = [
+    "Conflict",
+    "DoesNotFit",
+    "InputError",
+    "MissingBackend",
+    "Recipe",
+    "Result",
+    "TunewiseError",
+    "export_merged",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import tunewise` (and `--help`) costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tunewise' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,168 @@
+"""The main line from Python: `train(recipe)`, `resume(folder)`, `export_merged(folder, destination)`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewise.engine.assemble import Plan, assemble, settle
+from tunewise.engine.checkpoint import list_checkpoints, load_checkpoint
+from tunewise.engine.run_folder import RunFolder
+from tunewise.engine.state import restore_trainable
+from tunewise.engine.train import Observe, Outcome, Training
+from tunewise.errors import InputError
+from tunewise.export.finish import Saved, save_merged, save_result
+from tunewise.methods.reading import load_recipe, recipe_from_mapping
+from tunewise.recipe import Recipe
+from tunewise.workload.model import model_fingerprint
+
+Announce = Callable[[Plan, Path], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training: the complete recipe, what came of it, where it lies and what was saved."""
+
+    recipe: Recipe
+    outcome: Outcome
+    folder: Path
+    saved: Saved
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    out: str | Path | None = None,
+    observe: Observe = lambda entry: None,
+    announce: Announce = lambda plan, folder: None,
+) -> Result:
+    """Train as `recipe` says and save the result in a new run folder.
+
+    Args:
+        recipe: a Recipe, plain data in its form, or the path of a YAML file.
+        out: the run folder; default `recipe.out`, else a new folder under `runs/`.
+        observe: called with every line that goes to `metrics.jsonl`.
+        announce: called once, before weights are loaded, with what is going to be done.
+
+    Raises:
+        InputError, Conflict, MissingBackend: before anything is trained.
+        DoesNotFit, TrainingDiverged, StorageError: while training; what was saved stays.
+        VerificationError: the saved result differs from the trained one.
+    """
+    recipe = _as_recipe(recipe)
+    plan = settle(recipe)
+    wanted = out or recipe.out
+    folder = _new_folder(Path(wanted) if wanted else None, recipe)
+    announce(plan, folder.path)
+    folder.open()
+    try:
+        folder.write_start(plan.recipe, _fingerprints(plan))
+        return _run(plan, folder, observe, resume_it=False)
+    finally:
+        folder.close()
+
+
+def resume(
+    folder: str | Path,
+    *,
+    observe: Observe = lambda entry: None,
+    announce: Announce = lambda plan, folder: None,
+) -> Result:
+    """Go on with an interrupted run, bit for bit as if it had never stopped.
+
+    Raises:
+        InputError: there is no run, or its data or model changed since.
+        CheckpointError: no checkpoint is intact.
+    """
+    home = RunFolder(Path(folder))
+    if not home.recipe_file.is_file():
+        raise InputError(f"There is no run to resume in '{folder}': it has no recipe.yaml.")
+    home.open()
+    try:
+        plan = settle(load_recipe(home.recipe_file))
+        for name, value in _fingerprints(plan).items():
+            if home.fingerprints().get(name) != value:
+                raise InputError(f"The run in '{folder}' cannot go on: {_CHANGED[name]} changed since it was started.")
+        announce(plan, home.path)
+        return _run(plan, home, observe, resume_it=bool(list_checkpoints(home.checkpoints)))
+    finally:
+        home.close()
+
+
+def export_merged(folder: str | Path, destination: str | Path) -> Saved:
+    """Merge a finished run's adapter into its base and save one model, read again and compared.
+
+    Raises:
+        InputError: there is no run, it has no checkpoint, or the destination is not empty.
+        VerificationError: the saved model's logits differ from the trained one's.
+    """
+    home, target = RunFolder(Path(folder)), Path(destination)
+    if not home.recipe_file.is_file():
+        raise InputError(f"There is no run in '{folder}': it has no recipe.yaml.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"The destination '{target}' is not empty; name a new folder.")
+    plan = settle(load_recipe(home.recipe_file))
+    run = assemble(plan)
+    restore_trainable(run, _best_tensors(home))
+    return save_merged(run, plan.tokenizer, target)
+
+
+def _run(plan: Plan, folder: RunFolder, observe: Observe, *, resume_it: bool) -> Result:
+    run = assemble(plan)
+    training = Training(run, plan.data.train, plan.data.validation, plan.num_steps, folder, observe)
+    for note in run.notes:
+        training.record({"event": "note", "message": note})
+    if resume_it:
+        training.resume()
+    outcome = training.run()
+    saved = save_result(run, plan.tokenizer, folder.path)
+    training.record(
+        {"event": "saved", "kind": saved.kind, "path": str(saved.folder), "max_difference": saved.max_difference}
+    )
+    training.record({"event": "finished", **asdict(outcome)})
+    return Result(plan.recipe, outcome, folder.path, saved)
+
+
+def _best_tensors(home: RunFolder) -> dict[str, Any]:
+    checkpoints = list_checkpoints(home.checkpoints)
+    if not checkpoints:
+        raise InputError(f"The run in '{home.path}' has no checkpoint to export.")
+    tensors, state = load_checkpoint(checkpoints[-1][1])
+    best = state["progress"]["best_step"]
+    kept = dict(checkpoints)
+    return load_checkpoint(kept[best])[0] if best in kept else tensors
+
+
+def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return recipe_from_mapping(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def _new_folder(wanted: Path | None, recipe: Recipe) -> RunFolder:
+    if wanted is not None:
+        if (wanted / "recipe.yaml").exists():
+            raise InputError(
+                f"'{wanted}' already holds a run. Continue it with: tunewise train --resume {wanted} ; "
+                "or name another folder with --out."
+            )
+        if wanted.exists() and not wanted.is_dir():
+            raise InputError(f"'{wanted}' is a file; name a folder with --out.")
+        return RunFolder(wanted)
+    stem = Path(recipe.data.source).name.split(".")[0] or "run"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return RunFolder(next(path for name in names if not (path := Path("runs") / name).exists()))
+
+
+_CHANGED = {"data": "the data", "recipe": "the recipe", "model": "the model"}
+
+
+def _fingerprints(plan: Plan) -> dict[str, str]:
+    return {
+        "recipe": plan.recipe.id,
+        "data": plan.data.data_fingerprint,
+        "model": model_fingerprint(plan.recipe.model),
+    }

@@ -1,0 +1,35 @@
+"""The command line. One file a command; nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from tunewise.cli import doctor, export, machine, train
+from tunewise.errors import Interrupted, TunewiseError
+
+app = typer.Typer(
+    name="tunewise",
+    help="Find the cheapest way to fine-tune or train a language model well, prove it by experiment, and do it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, doctor, export, machine):
+    app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
+
+
+def main() -> None:
+    """Run a command; an error that is the user's to mend is printed without traceback, with its exit code."""
+    try:
+        app()
+    except TunewiseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""One step, three ways to run it: dry, measured, trained."""

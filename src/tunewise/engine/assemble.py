@@ -1,0 +1,83 @@
+"""Recipe -> everything that a training (or a measurement) needs, in the order in which it depends on each other.
+
+device -> configuration -> defaults -> tokenizer -> data -> number of steps -> weights -> run
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tunewise.engine.build import build
+from tunewise.engine.train import total_steps
+from tunewise.errors import Conflict
+from tunewise.methods.defaults import choose_device, complete, complete_intervals
+from tunewise.methods.lora import LoRA
+from tunewise.methods.method import Run
+from tunewise.methods.precision import Precision
+from tunewise.recipe import Recipe, Slot
+from tunewise.workload.batches import GlobalBatches
+from tunewise.workload.model import context_length, load_config, load_model, load_tokenizer, resize_vocabulary
+from tunewise.workload.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled before any weight is loaded: the complete recipe, the data and the number of steps."""
+
+    recipe: Recipe
+    device: torch.device
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    num_steps: int
+
+
+def settle(recipe: Recipe) -> Plan:
+    """Complete the recipe and prepare its data; cheap, and most of a user's mistakes show here.
+
+    Raises:
+        InputError: recipe, model folder or data are wrong.
+    """
+    device = choose_device(recipe.device)
+    config = load_config(recipe.model)
+    recipe = complete(recipe, config, device)
+    tokenizer = load_tokenizer(recipe.model)
+    vocab_size = len(tokenizer) if recipe.model.resize_vocabulary else config.get_text_config().vocab_size
+    data = prepare(recipe, tokenizer, context_length(config), max(vocab_size, 1))
+    num_steps = total_steps(GlobalBatches(data.train, recipe.batch, recipe.seed), recipe.training)
+    return Plan(complete_intervals(recipe, num_steps), device, config, tokenizer, data, num_steps)
+
+
+def assemble(plan: Plan) -> Run:
+    """Load the weights and build the run that the plan's recipe describes.
+
+    Raises:
+        InputError: the weights are missing or damaged.
+        Conflict: the recipe's methods contradict each other, this model or this device.
+    """
+    recipe = plan.recipe
+    precision = recipe.get(Precision)
+    assert precision is not None, "complete() fills the slot PRECISION"
+    is_full = not recipe.in_slot(Slot.ADAPTER)
+    dtype = precision.trainable_dtype if is_full else precision.storage_dtype
+    model = load_model(recipe.model, plan.config, dtype, recipe.seed)
+    if recipe.model.resize_vocabulary and len(plan.tokenizer) > model.get_input_embeddings().num_embeddings:
+        _require_trained_embeddings(recipe)
+        resize_vocabulary(model, len(plan.tokenizer))
+    torch.manual_seed(recipe.seed)
+    run = build(recipe, model, plan.device)
+    torch.manual_seed(recipe.seed)  # what building drew from the generator must not depend on the methods
+    return run
+
+
+def _require_trained_embeddings(recipe: Recipe) -> None:
+    """New rows of a vocabulary are noise until they are trained."""
+    lora = recipe.get(LoRA)
+    if recipe.in_slot(Slot.ADAPTER) and (lora is None or not lora.modules_to_save):
+        raise Conflict(
+            "model.resize_vocabulary adds tokens whose embeddings nobody trains: name the embedding and the head in "
+            "methods.lora.modules_to_save (for Llama: [embed_tokens, lm_head]), or fine-tune without an adapter."
+        )

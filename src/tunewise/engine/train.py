@@ -1,0 +1,328 @@
+"""The Run to its end: the one training loop, from the first step or from a checkpoint.
+
+    while not finished:
+        evaluate when due, keep the best, stop early
+        save when due
+        documents of this step -> micro-batches -> gradients -> update
+
+The order of the lines in `Training.run` is the order in which things happen; there are no hooks. Who wants to watch
+passes `observe`, which is called with every line that goes to `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tunewise.engine import checkpoint
+from tunewise.engine.evaluate import validation_loss
+from tunewise.engine.guard import check_finite_and_steady, smaller_layout
+from tunewise.engine.host_memory import TRIM_EVERY_STEPS, give_back_free_memory
+from tunewise.engine.run_folder import RunFolder
+from tunewise.engine.schedule import learning_rate_factor
+from tunewise.engine.signals import StopRequest
+from tunewise.engine.state import Progress, capture, restore, restore_trainable
+from tunewise.engine.step import (
+    clipped_norm,
+    gradients,
+    is_out_of_memory,
+    parameter_groups,
+    set_learning_rate,
+    update,
+    update_in_backward,
+)
+from tunewise.errors import CheckpointError, Conflict, Interrupted
+from tunewise.methods.method import Run
+from tunewise.recipe import TrainingSpec
+from tunewise.workload.batches import GlobalBatches, MicroBatch
+from tunewise.workload.corpus import Corpus
+
+Observe = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training run came to.
+
+    Attributes:
+        steps: optimizer steps done.
+        reason: why it ended ("all steps done", "no better validation loss for 3 evaluations").
+        first_loss: validation loss before the first step, nats per supervised token; None without validation data.
+        best_loss, best_step: the lowest validation loss and its step; that state is what is in the model now.
+        tokens, supervised_tokens, seconds: the work done, over all resumptions.
+        peak_memory_bytes: the most that the device held (CUDA), or the largest resident size seen (CPU).
+    """
+
+    steps: int
+    reason: str
+    first_loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+def total_steps(batches: GlobalBatches, spec: TrainingSpec) -> int:
+    """Return the number of optimizer steps of a run that ends as `spec` says; a part of an epoch is rounded."""
+    if spec.steps is not None:
+        return spec.steps
+    if spec.tokens is not None:
+        return _steps_for_tokens(batches, spec.tokens)
+    epochs = spec.epochs or 1.0
+    whole = int(epochs)
+    total = sum(len(batches.epoch(number)) for number in range(whole))
+    return max(1, total + round((epochs - whole) * len(batches.epoch(whole))))
+
+
+def _steps_for_tokens(batches: GlobalBatches, tokens: int) -> int:
+    held, counts = 0, batches.corpus.num_supervised
+    for step, (_, documents) in enumerate(batches.from_step(0), start=1):
+        held += int(counts[documents].sum())
+        if held >= tokens:
+            return step
+    raise AssertionError("from_step never ends")
+
+
+class Training:
+    """One training run: a Run, its data, its folder and its progress."""
+
+    def __init__(
+        self, run: Run, train: Corpus, validation: Corpus, num_steps: int, folder: RunFolder, observe: Observe
+    ) -> None:
+        recipe = run.recipe
+        self.built, self.corpus, self.validation = run, train, validation
+        self.num_steps, self.folder, self._observe = num_steps, folder, observe
+        self.batches = GlobalBatches(train, recipe.batch, recipe.seed)
+        self.validation_documents = range(min(len(validation), recipe.evaluation.max_documents))
+        self.optimizer = run.make_optimizer(parameter_groups(run))
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.use_grad_scaler)
+        self.progress = Progress(run.layout.micro_batch_size, run.layout.row_tokens)
+        self.first_loss: float | None = None
+        self._saved_step = -1
+        self._peak_bytes = 0
+        if run.update_in_backward:
+            self._require_single_micro_batches()
+            update_in_backward(run, self.optimizer)
+
+    def resume(self) -> None:
+        """Take up the newest intact checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it belongs to other parameters.
+        """
+        path, tensors, state, problems = checkpoint.newest_intact(self.folder.checkpoints)
+        self.progress = restore(self.built, self.optimizer, self.scaler, tensors, state)
+        self.first_loss = state["first_loss"]
+        self.built.layout = self.progress.layout(self.built.layout)
+        self._saved_step = self.progress.step
+        for problem in problems:
+            self.record({"event": "damaged_checkpoint", "message": problem})
+        self.record({"event": "resumed", "step": self.progress.step, "from": path.name})
+
+    def run(self) -> Outcome:
+        """Train to the end, restore the best state, and return what came of it.
+
+        Raises:
+            Interrupted: a signal asked for a stop; the state is saved.
+            TrainingDiverged: the loss or a gradient is not finite any more, or the loss jumped.
+            DoesNotFit: not even the smallest layout fits into memory.
+        """
+        progress, recipe = self.progress, self.built.recipe
+        steps = self.batches.from_step(progress.step)
+        with StopRequest() as stop:
+            while progress.finished is None:
+                if self._evaluation_is_due():
+                    self._evaluate(stop)
+                if stop:
+                    self._leave(stop)
+                self._decide_whether_finished()
+                every = recipe.checkpoints.every or self.num_steps
+                if progress.finished is not None or progress.step % every == 0 or self._is_new_best():
+                    self._save()
+                if progress.finished is None:
+                    epoch, documents = next(steps)
+                    self._step(epoch, documents)
+        self._restore_best()
+        return self._outcome()
+
+    def _step(self, epoch: int, documents: list[int]) -> None:
+        """One global step, with as many smaller layouts as it takes to fit."""
+        run, progress, spec = self.built, self.progress, self.built.recipe.training
+        started = time.perf_counter()
+        learning_rate = (spec.learning_rate or 0.0) * learning_rate_factor(spec, progress.step, self.num_steps)
+        set_learning_rate(self.optimizer, learning_rate)
+        num_supervised = int(self.corpus.num_supervised[documents].sum())
+        loss = self._gradients_that_fit(documents, num_supervised)
+        norm = 0.0 if run.update_in_backward else float(clipped_norm(run, self.optimizer, self.scaler))
+        check_finite_and_steady(self, loss, norm, documents)
+        if not run.update_in_backward:
+            update(self.optimizer, self.scaler)
+        seconds = time.perf_counter() - started
+        num_tokens = int(self.corpus.lengths[documents].sum())
+        smoothed = progress.smoothed_loss
+        progress.smoothed_loss = loss if smoothed is None else 0.9 * smoothed + 0.1 * loss
+        progress.step += 1
+        progress.tokens += num_tokens
+        progress.supervised_tokens += num_supervised
+        progress.seconds += seconds
+        if run.device.type == "cpu" and progress.step % TRIM_EVERY_STEPS == 0:
+            give_back_free_memory()
+        self.record(
+            {
+                "event": "step",
+                "step": progress.step,
+                "epoch": epoch,
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": learning_rate,
+                "tokens": num_tokens,
+                "supervised_tokens": num_supervised,
+                "seconds": round(seconds, 6),
+                "memory_bytes": self._memory_bytes(),
+            }
+        )
+
+    def _gradients_that_fit(self, documents: list[int], num_supervised: int) -> float:
+        """Compute the step's gradients; when memory runs out, again in a smaller layout with the same random state."""
+        run = self.built
+        random_state = torch.get_rng_state()
+        while True:
+            try:
+                return float(gradients(run, self._micro_batches(documents), num_supervised, self.scaler))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)
+            self.optimizer.zero_grad(set_to_none=True)
+            run.layout = smaller_layout(run, self.corpus, documents, reason)
+            self.progress.micro_batch_size = run.layout.micro_batch_size
+            self.progress.row_tokens = run.layout.row_tokens
+            torch.set_rng_state(random_state)
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.record(
+                {
+                    "event": "out_of_memory",
+                    "step": self.progress.step,
+                    "micro_batch_size": run.layout.micro_batch_size,
+                    "row_tokens": run.layout.row_tokens,
+                    "message": reason.splitlines()[0],
+                }
+            )
+
+    def _micro_batches(self, documents: list[int]) -> Iterator[MicroBatch]:
+        layout = self.built.layout
+        for rows in layout.micro_batches(documents, self.corpus.lengths):
+            yield layout.build(rows, self.corpus)
+
+    def _require_single_micro_batches(self) -> None:
+        """An update inside backward leaves no gradients to accumulate, so each step must be one micro-batch."""
+        layout, lengths = self.built.layout, self.corpus.lengths
+        most = max(len(layout.micro_batches(documents, lengths)) for documents in self.batches.epoch(0))
+        if most > 1:
+            raise Conflict(
+                f"in_backward: some steps need {most} micro-batches, and an update inside backward cannot accumulate "
+                "them. Raise batch.micro_batch_size so that every step is one micro-batch, or lower batch.documents."
+            )
+
+    def _evaluation_is_due(self) -> bool:
+        progress, every = self.progress, self.built.recipe.evaluation.every
+        if not self.validation_documents or progress.evaluated_step == progress.step or every is None:
+            return False
+        return progress.step % every == 0 or progress.step >= self.num_steps
+
+    def _evaluate(self, stop: StopRequest) -> None:
+        progress, started = self.progress, time.perf_counter()
+        loss = validation_loss(self.built, self.validation, self.validation_documents, lambda: bool(stop))
+        if loss is None:
+            return
+        progress.evaluated_step, progress.validation_loss = progress.step, loss
+        if progress.step == 0:
+            self.first_loss = loss
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
+        else:
+            progress.evaluations_since_best += 1
+        progress.seconds += time.perf_counter() - started
+        is_best = progress.best_step == progress.step
+        self.record({"event": "evaluation", "step": progress.step, "validation_loss": loss, "is_best": is_best})
+
+    def _is_new_best(self) -> bool:
+        progress = self.progress
+        return self.built.recipe.evaluation.keep_best and progress.best_step == progress.step
+
+    def _decide_whether_finished(self) -> None:
+        progress, patience = self.progress, self.built.recipe.evaluation.patience
+        if progress.step >= self.num_steps:
+            progress.finished = "all steps done"
+        elif patience is not None and progress.evaluations_since_best >= patience:
+            progress.finished = f"no better validation loss for {patience} evaluations"
+
+    def _save(self) -> None:
+        progress = self.progress
+        if self._saved_step == progress.step:
+            return
+        tensors, state = capture(self.built, self.optimizer, self.scaler, progress)
+        path = checkpoint.save_checkpoint(
+            self.folder.checkpoints, progress.step, tensors, {**state, "first_loss": self.first_loss}
+        )
+        self._saved_step = progress.step
+        best = progress.best_step if self.built.recipe.evaluation.keep_best else None
+        checkpoint.remove_old(self.folder.checkpoints, self.built.recipe.checkpoints.keep, keep_also=best)
+        self.record({"event": "checkpoint", "step": progress.step, "path": str(path.relative_to(self.folder.path))})
+
+    def _leave(self, stop: StopRequest) -> None:
+        self._save()
+        assert stop.signal_number is not None
+        raise Interrupted(
+            stop.signal_number,
+            f"Stopped at step {self.progress.step} of {self.num_steps}; everything is saved. "
+            f"Continue with: tunewise train --resume {self.folder.path}",
+        )
+
+    def _restore_best(self) -> None:
+        progress = self.progress
+        if not self.built.recipe.evaluation.keep_best or progress.best_step in (None, progress.step):
+            return
+        assert progress.best_step is not None
+        path: Path = self.folder.checkpoints / checkpoint.checkpoint_name(progress.best_step)
+        try:
+            tensors, _ = checkpoint.load_checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"The best state (step {progress.best_step}) cannot be restored. {error}") from error
+        restore_trainable(self.built, tensors)
+
+    def _memory_bytes(self) -> int:
+        if self.built.device.type == "cuda":
+            self._peak_bytes = torch.cuda.max_memory_allocated(self.built.device)
+            return self._peak_bytes
+        resident: int = psutil.Process().memory_info().rss
+        self._peak_bytes = max(self._peak_bytes, resident)
+        return resident
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Write one line to metrics.jsonl and show it to who watches."""
+        self.folder.record(entry)
+        self._observe(entry)
+
+    def _outcome(self) -> Outcome:
+        progress = self.progress
+        return Outcome(
+            steps=progress.step,
+            reason=progress.finished or "",
+            first_loss=self.first_loss,
+            best_loss=progress.best_loss,
+            best_step=progress.best_step,
+            tokens=progress.tokens,
+            supervised_tokens=progress.supervised_tokens,
+            seconds=progress.seconds,
+            peak_memory_bytes=self._peak_bytes,
+        )

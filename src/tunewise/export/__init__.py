@@ -1,0 +1,1 @@
+"""What a training leaves behind: adapters in PEFT's format, merged models, both read again and compared."""

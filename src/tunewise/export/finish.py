@@ -1,0 +1,185 @@
+"""What a training leaves behind: the adapter or the model, saved, read again and compared with what was trained.
+
+A saved file is believed only after reading it again: its tensors equal the trained ones, some `lora_B` is not zero,
+tied weights are tied, and the logits on a probe are those of the run. Nothing appears under its final name before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tunewise.engine.checkpoint import storage_errors
+from tunewise.errors import VerificationError
+from tunewise.export.adapter import WEIGHTS, load_adapter, save_adapter, save_peft
+from tunewise.export.merge import merge_adapters
+from tunewise.layers.lora import lora_layers
+from tunewise.methods.lora import LoRA
+from tunewise.methods.method import Run
+from tunewise.methods.peft import Peft
+from tunewise.recipe import ModelSpec
+from tunewise.workload.model import load_config, load_model, locate
+
+PROBE_TOKENS = 32
+"""How many positions the logits are compared on."""
+
+MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+"""How far the logits of a merged model may be from the unmerged ones', relative to their largest: the dtype's rounding
+of the merged weights, through all layers."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was saved: "adapter" or "model", where, and the largest relative difference of logits after reading it."""
+
+    kind: str
+    folder: Path
+    max_difference: float
+
+
+def save_result(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Saved:
+    """Save what `run` trained: `adapter/` when it trained an adapter, else `model/`.
+
+    Raises:
+        VerificationError: what was read again differs from what was trained; the files stay for inspection.
+        StorageError: the disk is full or read-only.
+    """
+    run.model.eval()
+    run.documents.lengths = None  # the probe is one document
+    lora = run.recipe.get(LoRA)
+    if run.recipe.get(Peft) is not None:
+        return _save_verified(folder / "adapter", "adapter", lambda place: _save_peft(run, place))
+    if lora is not None:
+        return _save_verified(folder / "adapter", "adapter", lambda place: _save_lora(run, lora, tokenizer, place))
+    return _save_verified(folder / "model", "model", lambda place: _save_model(run, run.model, tokenizer, place))
+
+
+def save_merged(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Saved:
+    """Merge `run`'s adapter into its base and save one model; the run is used up.
+
+    Raises:
+        VerificationError: the merged model's logits differ from the trained one's by more than rounding.
+        StorageError: the disk is full or read-only.
+    """
+    run.model.eval()
+    run.documents.lengths = None  # the probe is one document
+    trained_TV = probe_logits(run.model, run.device)
+    merged = merge_adapters(run)
+    difference = relative_difference(probe_logits(merged, run.device), trained_TV)
+    tolerance = MERGE_TOLERANCE[run.storage_dtype]
+    if difference > tolerance:
+        raise VerificationError(
+            f"Merging changed the logits by {difference:.1e} (relative), more than rounding explains ({tolerance:.0e})."
+        )
+    return _save_verified(folder, "model", lambda place: _save_model(run, merged, tokenizer, place))
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, device: torch.device) -> Tensor:
+    """Return fp32 logits (T, V) of fixed pseudo-random tokens; equal models give equal logits."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(0)
+    ids_RL = torch.randint(0, config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
+    logits: Tensor = model(input_ids=ids_RL, use_cache=False).logits
+    return logits[0, -PROBE_TOKENS:].float().cpu()
+
+
+def relative_difference(one_TV: Tensor, other_TV: Tensor) -> float:
+    """Return the largest difference of two logits, relative to the largest logit."""
+    return float((one_TV - other_TV).abs().max() / other_TV.abs().max().clamp_min(1e-12))
+
+
+def _save_verified(folder: Path, kind: str, save: Callable[[Path], float]) -> Saved:
+    """Let `save` write and verify a folder aside, then give it its name; an older result makes room first."""
+    aside, old = folder.with_name(f".partial-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    with storage_errors(f"cannot save to {folder}", kept=" The checkpoints are untouched; resume to save again."):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        difference = save(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    return Saved(kind, folder, difference)
+
+
+def _save_lora(run: Run, lora: LoRA, tokenizer: PreTrainedTokenizerBase, place: Path) -> float:
+    save_adapter(run.model, lora, place, locate(run.recipe.model.name))
+    tokenizer.save_pretrained(place)
+    layers = lora_layers(run.model).values()
+    if not any(bool(layer.lora_B.weight.any()) for layer in layers):
+        raise VerificationError("Every lora_B is zero: the adapter has learnt nothing (is the learning rate zero?).")
+    trained = {name: parameter.detach().clone() for name, parameter in run.trainable()}
+    before_TV = probe_logits(run.model, run.device)
+    if lora.init == "pissa":  # written as a LoRA of twice the rank, so it does not fit into these layers
+        return _compare_tensors(place)
+    with torch.no_grad():
+        for _, parameter in run.trainable():
+            parameter.zero_()
+    try:
+        load_adapter(run.model, place)
+        differing = [name for name, parameter in run.trainable() if not torch.equal(parameter, trained[name])]
+        difference = relative_difference(probe_logits(run.model, run.device), before_TV)
+    finally:
+        with torch.no_grad():
+            for name, parameter in run.trainable():
+                parameter.copy_(trained[name])
+    if differing or difference != 0.0:
+        raise VerificationError(
+            f"The saved adapter differs from the trained one, first in {(differing or ['logits'])[0]}."
+        )
+    return difference
+
+
+def _save_peft(run: Run, place: Path) -> float:
+    save_peft(run.model, place)
+    return _compare_tensors(place)
+
+
+def _compare_tensors(place: Path) -> float:
+    """Check that an adapter file can be read and holds something that is finite and not all zero."""
+    try:
+        with safe_open(place / WEIGHTS, framework="pt") as file:
+            tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"The saved adapter cannot be read again: {error}") from error
+    if not any(bool(tensor.any()) for tensor in tensors):
+        raise VerificationError("The saved adapter holds nothing but zeros.")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise VerificationError("The saved adapter holds numbers that are not finite.")
+    return 0.0
+
+
+def _save_model(run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, place: Path) -> float:
+    assert isinstance(model, PreTrainedModel)
+    before_TV = probe_logits(model, run.device)
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the run's own attention means nothing to who loads the model
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    model.set_attn_implementation(implementation)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    spec = ModelSpec(name=str(place.resolve()), trust_remote_code=run.recipe.model.trust_remote_code)
+    again = load_model(spec, load_config(spec), dtype, seed=0).to(run.device).eval()
+    again.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
+    eager_TV = probe_logits(model, run.device)
+    difference = relative_difference(probe_logits(again, run.device), eager_TV)
+    model.set_attn_implementation(implementation)
+    if difference > 0.0:
+        raise VerificationError(
+            f"The saved model's logits differ from the trained one's by {difference:.1e} (relative)."
+        )
+    tied = model.config.get_text_config().tie_word_embeddings
+    head = again.get_output_embeddings()
+    if tied and head is not None and head.weight is not again.get_input_embeddings().weight:
+        raise VerificationError("The saved model's embedding and head are not tied any more.")
+    return relative_difference(eager_TV, before_TV)

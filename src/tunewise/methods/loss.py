@@ -1,0 +1,77 @@
+"""Over which logits the loss is computed: all of them, or in chunks those of supervised tokens only."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tunewise.layers.head import CausalHead
+from tunewise.layers.loss import supervised_loss, whole_loss
+from tunewise.methods.method import Run
+from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
+from tunewise.workload.batches import MicroBatch
+
+
+class WholeLoss(Method):
+    """Cross entropy over the logits of every position; works with every model."""
+
+    name: ClassVar[str] = "whole_loss"
+    slot: ClassVar[Slot] = Slot.LOSS
+    fidelity: ClassVar[Fidelity] = Fidelity.EXACT
+
+    def apply(self, run: Run) -> None:
+        """Set the loss."""
+        run.loss = _whole
+
+
+class SupervisedLoss(Method):
+    """Cross entropy over supervised positions only, with never more than `chunk_tokens` rows of logits in
+    memory.
+
+    The same sum as the whole loss; its gradient is computed chunk by chunk in the forward pass.
+    """
+
+    name: ClassVar[str] = "supervised_loss"
+    slot: ClassVar[Slot] = Slot.LOSS
+    fidelity: ClassVar[Fidelity] = Fidelity.ROUNDING
+
+    chunk_tokens: PositiveInt = 1024
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Virtual tokens are put in front by peft's own forward pass, which this loss goes around."""
+        peft = next((method for method in recipe.methods or () if method.name == "peft"), None)
+        if getattr(peft, "is_prompt_learning", False):
+            return "supervised_loss goes around the virtual tokens of this peft method; use whole_loss"
+        return None
+
+    def apply(self, run: Run) -> None:
+        """Set the loss.
+
+        Raises:
+            Conflict: the model's head computes something that we do not know.
+        """
+        head = CausalHead.of(run.model)
+        if not run.is_dry:
+            with torch.autocast(run.device.type, run.autocast_dtype, enabled=run.autocast_dtype is not None):
+                head.verify(run.model)
+        chunk_tokens = self.chunk_tokens
+
+        def supervised(run: Run, batch: MicroBatch) -> Tensor:
+            mask_R1LL = run.documents.mask(batch.input_ids_RL)
+            hidden_RLD = head.hidden(run.model, batch.input_ids_RL, batch.position_ids_RL, mask_R1LL)
+            return supervised_loss(hidden_RLD, batch.labels_RL, head, batch.num_supervised, chunk_tokens)
+
+        run.loss = supervised
+
+
+def _whole(run: Run, batch: MicroBatch) -> Tensor:
+    peft_config = getattr(run.model, "active_peft_config", None)
+    has_virtual_tokens = bool(getattr(peft_config, "is_prompt_learning", False))
+    # peft counts its virtual tokens' positions itself and ignores (with a warning) any that it is given.
+    positions = {} if has_virtual_tokens else {"position_ids": batch.position_ids_RL}
+    mask_R1LL = run.documents.mask(batch.input_ids_RL)
+    output = run.model(input_ids=batch.input_ids_RL, attention_mask=mask_R1LL, use_cache=False, **positions)
+    logits_RLV: Tensor = output.logits
+    return whole_loss(logits_RLV[:, -batch.input_ids_RL.shape[1] :], batch.labels_RL)

@@ -1,0 +1,245 @@
+"""Which rule turns gradients into updates; learning rate and weight decay come with the parameter groups.
+
+Formulas as in Goodfellow, Bengio, Courville, "Deep Learning" (2016), chapter 8, and the papers named at each
+class.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from tunewise.errors import Conflict
+from tunewise.layers import optimizers
+from tunewise.methods.method import ParameterGroup, Run
+from tunewise.recipe import Fidelity, Method, Recipe, Slot
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Epsilon = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Optimizer(Method):
+    """What all optimizers share.
+
+    Attributes:
+        in_backward: update each parameter as soon as its gradient is there and free the gradient, so that all
+            gradients are never in memory together (LOMO, Lv et al. 2023, arXiv 2306.09782). Needs one
+            micro-batch a step and no clipping of the gradients' norm, since no moment knows all of them.
+    """
+
+    slot: ClassVar[Slot] = Slot.OPTIMIZER
+    fidelity: ClassVar[Fidelity] = Fidelity.LEARNING
+
+    in_backward: bool = False
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Say why updates in backward are impossible here."""
+        if not self.in_backward:
+            return None
+        batch = recipe.batch
+        if recipe.training.max_grad_norm is not None:
+            return (
+                f"{self.name}.in_backward updates before all gradients are known, so their norm cannot be "
+                "clipped; set training.max_grad_norm to null"
+            )
+        is_split = (
+            None not in (batch.documents, batch.micro_batch_size)
+            and batch.documents != batch.micro_batch_size
+        )
+        if (batch.gradient_accumulation_steps or 1) > 1 or (is_split and not recipe.in_slot(Slot.DATA)):
+            return (
+                f"{self.name}.in_backward keeps no gradients, so they cannot be accumulated; set "
+                "batch.gradient_accumulation_steps to 1 and batch.micro_batch_size to batch.documents"
+            )
+        if next(
+            (method for method in recipe.in_slot(Slot.PRECISION) if getattr(method, "compute", "") == "fp16"),
+            None,
+        ):
+            return f"{self.name}.in_backward cannot unscale fp16 gradients; set precision.compute to bf16"
+        return None
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return the optimizer for these parameter groups."""
+        raise NotImplementedError
+
+    def apply(self, run: Run) -> None:
+        """Set the optimizer."""
+        run.make_optimizer = self.make
+        run.update_in_backward = self.in_backward
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent (algorithm 8.1), with momentum (8.2) or Nesterov's momentum (8.3).
+
+    torch keeps v / -lr instead of v, which is the same for a constant learning rate; with Nesterov's momentum
+    the stored weights are the point at which the gradient is taken. Weight decay is added to the gradient.
+    """
+
+    name: ClassVar[str] = "sgd"
+
+    momentum: Beta = 0.0
+    nesterov: bool = False
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Nesterov's variant is one of momentum."""
+        if self.nesterov and self.momentum == 0.0:
+            return "sgd.nesterov needs momentum; set sgd.momentum, for example to 0.9"
+        return super().conflict(recipe)
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return torch's SGD."""
+        return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov)
+
+
+class Adagrad(Optimizer):
+    """Each weight's rate divided by the root of the sum of all its squared gradients (algorithm 8.4)."""
+
+    name: ClassVar[str] = "adagrad"
+
+    eps: Epsilon = 1e-10
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return torch's Adagrad."""
+        return torch.optim.Adagrad(groups, lr=0.0, eps=self.eps)
+
+
+class RMSProp(Optimizer):
+    """Adagrad with a decaying mean of squared gradients (algorithm 8.5); eps stands outside the root."""
+
+    name: ClassVar[str] = "rmsprop"
+
+    decay: Beta = 0.99
+    momentum: Beta = 0.0
+    eps: Epsilon = 1e-8
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return torch's RMSprop."""
+        return torch.optim.RMSprop(groups, lr=0.0, alpha=self.decay, momentum=self.momentum, eps=self.eps)
+
+
+class _AdamLike(Optimizer):
+    """Options of Adam's family.
+
+    beta2 = 0.999 remembers some thousand steps, which suits the small batches of fine-tuning; pre-training
+    with large batches takes 0.95. Marek et al. 2025 (arXiv 2507.07101): keep beta2's half-life in tokens when
+    the batch changes, beta2' = beta2 ** (batch' / batch).
+    """
+
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Epsilon = 1e-8
+
+
+class Adam(_AdamLike):
+    """Adaptive moments (Kingma and Ba 2014, arXiv 1412.6980; algorithm 8.7); weight decay is added to the
+    gradient."""
+
+    name: ClassVar[str] = "adam"
+
+    fused: bool = True
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return torch's Adam."""
+        return torch.optim.Adam(
+            groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused
+        )
+
+
+class AdamW(_AdamLike):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+
+    Attributes:
+        fused: torch's one kernel for all tensors.
+    """
+
+    name: ClassVar[str] = "adamw"
+
+    fused: bool = True
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return torch's AdamW."""
+        return torch.optim.AdamW(
+            groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused
+        )
+
+
+class AdamW8bit(_AdamLike):
+    """AdamW with 8-bit moments; see `tunewise.layers.optimizers.adamw_8bit`."""
+
+    name: ClassVar[str] = "adamw_8bit"
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return bitsandbytes' AdamW.
+
+        Raises:
+            MissingBackend: bitsandbytes is not installed.
+        """
+        return optimizers.adamw_8bit(groups, (self.beta1, self.beta2), self.eps)
+
+
+class PagedAdamW8bit(_AdamLike):
+    """AdamW with 8-bit moments in memory that CUDA moves to the host when the device is full."""
+
+    name: ClassVar[str] = "paged_adamw_8bit"
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Only CUDA pages."""
+        if recipe.device in ("cpu", "mps"):
+            return "paged_adamw_8bit needs a CUDA device; use adamw_8bit"
+        return super().conflict(recipe)
+
+    def apply(self, run: Run) -> None:
+        """Set the optimizer.
+
+        Raises:
+            Conflict: the device is not CUDA.
+        """
+        if run.device.type != "cuda":
+            raise Conflict("paged_adamw_8bit needs a CUDA device. Use adamw_8bit.")
+        super().apply(run)
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return bitsandbytes' paged AdamW.
+
+        Raises:
+            MissingBackend: bitsandbytes is not installed.
+        """
+        return optimizers.adamw_8bit(groups, (self.beta1, self.beta2), self.eps, is_paged=True)
+
+
+class Adafactor(Optimizer):
+    """Second moments as the product of a row and a column (Shazeer and Stern 2018, arXiv 1804.04235,
+    algorithm 5).
+
+    torch's implementation: no first moment, and the learning rate is scaled by the root mean square of the
+    weights.
+
+    Attributes:
+        decay: exponent of the second moment's memory, beta2(t) = 1 - t ** decay.
+        clip: threshold of the update's root mean square.
+    """
+
+    name: ClassVar[str] = "adafactor"
+
+    decay: Annotated[float, Field(le=0.0, ge=-1.0)] = -0.8
+    clip: Annotated[float, Field(ge=1.0)] = 1.0
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return torch's Adafactor."""
+        return torch.optim.Adafactor(groups, lr=0.0, beta2_decay=self.decay, d=self.clip)
+
+
+class Lion(Optimizer):
+    """Sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675); one state instead of Adam's
+    two."""
+
+    name: ClassVar[str] = "lion"
+
+    beta1: Beta = 0.9
+    beta2: Beta = 0.99
+
+    def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return our Lion."""
+        return optimizers.Lion(groups, lr=0.0, betas=(self.beta1, self.beta2))

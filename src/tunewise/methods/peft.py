@@ -1,0 +1,133 @@
+"""Every parameter-efficient method of the peft library other than LoRA, by name: IA3, VERA, OFT,
+PREFIX_TUNING, ...
+
+The library builds the layers, saves them and loads them; see https://huggingface.co/docs/peft for the
+methods' papers and options. Importing it takes seconds, so nothing here does before `apply`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from tunewise.errors import Conflict, InputError, MissingBackend, did_you_mean
+from tunewise.methods.freezing import Freeze
+from tunewise.methods.lora import LoRA, derived_seed
+from tunewise.methods.method import Run
+from tunewise.methods.quantization import Quantize
+from tunewise.recipe import Fidelity, Method, Recipe, Slot
+from tunewise.units import format_count
+
+PROMPT_LEARNING = frozenset(
+    ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
+)
+"""Kinds that put virtual tokens before every row (a test compares this with the library's own flags)."""
+
+REFUSED = {
+    "LORA": "is built in: use the method 'lora'",
+    "ADALORA": "redistributes ranks after every step and adds a term to the loss, which our step does not",
+    "CPT": "weighs the loss of its context tokens itself, which our step does not",
+    "MULTITASK_PROMPT_TUNING": "needs the number of a task with every row, which the data do not have",
+    "POLY": "needs the number of a task with every row, which the data do not have",
+    "SHADOW": "adds the loss of its shadow path, which our step does not",
+    "XLORA": "mixes LoRA adapters that were trained before",
+}
+"""Kinds whose mathematics would silently be another one here, and why."""
+
+OURS = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path")
+"""Options that are not the user's: they follow from training a causal language model."""
+
+
+class Peft(Method):
+    """One method of the peft library.
+
+    Attributes:
+        kind: a name of peft.PeftType, such as "IA3"; case does not matter.
+        options: fields of the kind's configuration class.
+    """
+
+    name: ClassVar[str] = "peft"
+    slot: ClassVar[Slot] = Slot.ADAPTER
+    fidelity: ClassVar[Fidelity] = Fidelity.LEARNING
+
+    kind: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("kind")
+    @classmethod
+    def _upper_case(cls, kind: str) -> str:
+        return kind.upper()
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the kind puts virtual tokens before every row.
+
+        Then the documents of a packed row cannot be kept apart, and the logits may begin with positions of
+        virtual
+        tokens: those that count are the last ones.
+        """
+        return self.kind in PROMPT_LEARNING
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Kinds that the step cannot compute; a second adapter; weights that the library cannot reach."""
+        if self.kind in REFUSED:
+            return f"peft's {self.kind} {REFUSED[self.kind]}"
+        if recipe.get(LoRA) is not None:
+            return "'peft' and 'lora' are two adapters for the same model; leave one out"
+        if recipe.get(Freeze) is not None:
+            return "what 'freeze' trains would not be in peft's files; use its option modules_to_save instead"
+        if recipe.get(Quantize) is not None and not self.is_prompt_learning and self.kind != "LN_TUNING":
+            return f"peft's {self.kind} cannot wrap quantized layers; leave 'quantize' out, or use 'lora'"
+        return None
+
+    def apply(self, run: Run) -> None:
+        """Let the library wrap the model.
+
+        Raises:
+            Conflict: in a dry run.
+            MissingBackend: the library is not installed.
+            InputError: an unknown kind, an unknown option, or one that the library refuses.
+        """
+        if run.is_dry:
+            raise Conflict(
+                "peft's layers cannot be built on fake tensors (torch 2.13 cannot move a fake parameter), "
+                f"so a dry run of {self.kind} is not possible; measure it instead."
+            )
+        try:
+            import peft
+        except ImportError:
+            raise MissingBackend("peft", f"the method 'peft' with kind {self.kind}", "peft") from None
+        config = self._config(peft)
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(run.recipe.seed, f"peft:{self.kind}"))
+            try:
+                model = peft.get_peft_model(run.model, config)
+            except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+                raise InputError(f"peft: {self.kind} does not fit this model: {error}") from error
+        assert isinstance(model, nn.Module)
+        run.model = model
+        trainable = sum(parameter.numel() for _, parameter in run.trainable())
+        run.say(f"peft's {self.kind}: {format_count(trainable)} trainable parameters")
+
+    def _config(self, peft: Any) -> Any:
+        """Make the library's configuration of this kind from the options, all names checked."""
+        classes = {str(kind.value): make for kind, make in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if self.kind not in classes:
+            known = classes.keys() - REFUSED.keys()
+            raise InputError(f"peft: there is no kind '{self.kind}'.{did_you_mean(self.kind, known)}")
+        make = classes[self.kind]
+        fields = {field.name for field in dataclasses.fields(make) if field.init} - set(OURS)
+        for option in self.options:
+            if option not in fields:
+                hint = did_you_mean(option, fields)
+                raise InputError(f"peft: {self.kind} has no option '{option}'.{hint}")
+        if self.options.get("use_asa"):
+            raise InputError("peft: 'use_asa' reallocates ranks after every step, which our step does not.")
+        try:
+            return make(task_type="CAUSAL_LM", **self.options)
+        except (ValueError, TypeError, ImportError) as error:
+            raise InputError(f"peft: the options of {self.kind} are not valid: {error}") from error

@@ -1,0 +1,107 @@
+"""Quantization: store the frozen weights of linear layers in 4 or 8 bits (with LoRA on top: QLoRA).
+
+Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314): NF4 in blocks of 64 with double quantization, 4.127 bits a
+weight.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+from torch import nn
+
+from tunewise.errors import Conflict
+from tunewise.layers.linear import is_tied, linear_layers, output_head, stacked_experts, weight_of
+from tunewise.layers.quantized import QuantKind, quantize_linear
+from tunewise.methods.method import Run
+from tunewise.methods.naming import select
+from tunewise.recipe import Fidelity, Method, Recipe, Slot
+from tunewise.units import format_bytes
+
+HEAD = "lm_head"
+"""Names the output head in `skip_modules`, whatever the model itself calls it."""
+
+
+class Quantize(Method):
+    """Pack the linear layers' weights; they are unpacked for every use and never trained.
+
+    Attributes:
+        kind: "nf4" or "fp4" (bitsandbytes), or "int8" (weight only, one scale a row; needs no library).
+        double_quant: whether the scales of 4-bit blocks are stored in 8 bits; None means yes. Not for int8.
+        block_size: weights that share a scale in the 4-bit kinds; None means 64. Not for int8.
+        skip_modules: name endings of layers that keep their precision; "lm_head" means the output head.
+    """
+
+    name: ClassVar[str] = "quantize"
+    slot: ClassVar[Slot] = Slot.WEIGHTS
+    fidelity: ClassVar[Fidelity] = Fidelity.LEARNING
+
+    kind: QuantKind = "nf4"
+    double_quant: bool | None = None
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = None
+    skip_modules: tuple[str, ...] = (HEAD,)
+
+    @model_validator(mode="after")
+    def _options_of_the_kind(self) -> Self:
+        if self.kind == "int8" and (self.double_quant is not None or self.block_size is not None):
+            raise ValueError(
+                "'double_quant' and 'block_size' belong to nf4 and fp4; int8 has one scale a row"
+            )
+        return self
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """A packed weight cannot be trained, so something else must be."""
+        if not recipe.in_slot(Slot.ADAPTER):
+            return (
+                "quantize packs the weights, so full fine-tuning cannot train them; add 'lora' to the recipe"
+            )
+        return None
+
+    def apply(self, run: Run) -> None:
+        """Replace the linear layers by packed ones.
+
+        Raises:
+            InputError: `skip_modules` names something that the model does not have.
+            Conflict: the output head should be packed but shares its tensor with the token embedding.
+            MissingBackend: nf4 or fp4 without bitsandbytes.
+        """
+        layers = self._targets(run.model)
+        before = after = 0
+        for name, layer in layers.items():
+            packed = quantize_linear(layer, self.kind, self.block_size or 64, self.double_quant is not False)
+            packed.train(layer.training)
+            weight = weight_of(layer)
+            before += weight.numel() * weight.element_size()
+            after += packed.stored_bytes
+            run.model.set_submodule(name, packed)
+        run.say(
+            f"{self.kind} weights in {len(layers)} linear layers: "
+            f"{format_bytes(before)} -> {format_bytes(after)}"
+        )
+        stacked = stacked_experts(run.model)
+        if stacked:
+            size = sum(parameter.numel() * parameter.element_size() for parameter in stacked.values())
+            run.say(
+                f"experts in stacked tensors such as {next(iter(stacked))} are no linear layers and keep "
+                f"their precision: {format_bytes(size)}"
+            )
+
+    def _targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers to pack, in the model's order."""
+        head = output_head(model)
+        layers = linear_layers(model)
+        if head is not None and HEAD not in self.skip_modules:
+            if is_tied(model):
+                raise Conflict(
+                    "quantize: the output head shares its tensor with the token embedding, so packing a copy "
+                    f"of it would only cost memory. Put '{HEAD}' into quantize.skip_modules."
+                )
+            layers |= {name: module for name, module in model.named_modules() if module is head}
+        words = tuple(word for word in self.skip_modules if word != HEAD)
+        skipped = set(select([name for name, _ in model.named_modules()], words, "quantize.skip_modules"))
+        return {
+            name: layer
+            for name, layer in layers.items()
+            if not any(name == skip or name.startswith(skip + ".") for skip in skipped)
+        }

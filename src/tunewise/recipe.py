@@ -1,0 +1,236 @@
+"""What is done: the `Recipe` and the frozen values it is made of.
+
+A recipe is data. It says what to learn from, in which batches, with which methods, for how long; it computes nothing.
+It is validated when it is made, written to YAML and read back without loss, and its `id` is the hash of its content.
+Where a field is `None`, `tunewise.methods.complete` fills in a default and the run folder's `recipe.yaml` shows it.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from tunewise.errors import InputError
+
+if TYPE_CHECKING:
+    from tunewise.methods.method import Run
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
+Objective = Literal["sft", "continue", "pretrain"]
+
+
+class Value(BaseModel):
+    """A frozen value that knows all its fields: unknown keys are errors, equal content is equal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Slot(enum.IntEnum):
+    """Where in the building of a run a method acts. The order is fixed here, so the user's order never matters."""
+
+    DATA = 1
+    WEIGHTS = 2
+    ADAPTER = 3
+    PRECISION = 4
+    ATTENTION = 5
+    ACTIVATIONS = 6
+    LOSS = 7
+    OPTIMIZER = 8
+    KERNELS = 9
+    COMPILE = 10
+
+
+class Fidelity(enum.StrEnum):
+    """What a method promises about the numbers; it chooses the tests and goes into the user's report."""
+
+    EXACT = "exact"  # the same numbers
+    ROUNDING = "rounding"  # the same mathematics, other rounding
+    LEARNING = "learning"  # another learning problem
+
+
+class Method(Value):
+    """One way of saving something (or of learning better), a frozen value that a recipe contains or does not.
+
+    A subclass sets the three class variables, declares its options as fields, and writes `apply`, which changes a
+    `Run` that is being built. What it costs and saves is never declared: it is observed by running the result dry or
+    for real.
+    """
+
+    name: ClassVar[str]
+    slot: ClassVar[Slot]
+    fidelity: ClassVar[Fidelity]
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Say what cannot be honoured together with the rest of `recipe`, or return None."""
+        del recipe
+        return None
+
+    def apply(self, run: Run) -> None:
+        """Change `run`, which the methods of the earlier slots have already changed."""
+        raise NotImplementedError
+
+
+MethodType = TypeVar("MethodType", bound=Method)
+
+
+class ModelSpec(Value):
+    """Which model: a hub id, a folder, a `config.json` (with random weights) or "embedded"."""
+
+    name: str
+    weights: Literal["pretrained", "random"] = "pretrained"
+    tokenizer: str | None = None
+    revision: str | None = None
+    chat_template: str | None = None
+    resize_vocabulary: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class DataSpec(Value):
+    """Which records: a file, a folder, a hub data set id or "stdlib", and how they are read, cut and split."""
+
+    source: str
+    format: DataFormat = "auto"
+    fields: dict[str, str] = {}
+    validation: str | None = None
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    max_length: PositiveInt | None = None
+    too_long: Literal["cut", "drop", "split", "error"] = "cut"
+    system_prompt: str | None = None
+    max_records: PositiveInt | None = None
+
+
+class BatchSpec(Value):
+    """How much is learnt from in one optimizer step, and in how many pieces it passes through the machine.
+
+    The global batch is `documents` records, or as many records as together hold `supervised_tokens`. The micro-batch
+    is a matter of memory and speed only: any split gives the same loss and the same gradients.
+    """
+
+    documents: PositiveInt | None = None
+    supervised_tokens: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.documents is not None and self.supervised_tokens is not None:
+            raise ValueError("give 'documents' or 'supervised_tokens', not both: each fixes the global batch")
+        if None not in (self.documents, self.micro_batch_size, self.gradient_accumulation_steps):
+            assert self.documents and self.micro_batch_size and self.gradient_accumulation_steps
+            if self.micro_batch_size * self.gradient_accumulation_steps != self.documents:
+                raise ValueError(
+                    f"documents ({self.documents}) is not micro_batch_size ({self.micro_batch_size}) x "
+                    f"gradient_accumulation_steps ({self.gradient_accumulation_steps}); leave one of the three out"
+                )
+        return self
+
+
+class TrainingSpec(Value):
+    """How long and how fast: the end of training (`steps`, else `tokens`, else `epochs`) and the learning rate."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    warmup: NonNegative = 0.03
+    final_learning_rate: Fraction = 0.0
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    spike: Annotated[float, Field(gt=0)] | None = 3.0
+    oom: Literal["halve", "stop"] = "halve"
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if sum(end is not None for end in (self.epochs, self.steps, self.tokens)) > 1:
+            raise ValueError("give one of 'epochs', 'steps' and 'tokens', not several: each fixes the end")
+        return self
+
+
+class EvaluationSpec(Value):
+    """How often the validation loss is taken, whether the best state is kept, and when to stop early."""
+
+    every: PositiveInt | None = None
+    max_documents: PositiveInt = 500
+    keep_best: bool = True
+    patience: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
+
+
+class CheckpointSpec(Value):
+    """How often the whole state is saved and how many of the newest states are kept (the best is kept besides)."""
+
+    every: PositiveInt | None = None
+    keep: PositiveInt = 2
+
+
+class Recipe(Value):
+    """What is done, from the data to the last step; see the module's docstring."""
+
+    model: ModelSpec
+    data: DataSpec
+    objective: Objective = "sft"
+    methods: tuple[SerializeAsAny[Method], ...] | None = None
+    batch: BatchSpec = BatchSpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    checkpoints: CheckpointSpec = CheckpointSpec()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    out: str | None = None
+
+    @model_validator(mode="after")
+    def _methods_in_order(self) -> Self:
+        if self.methods is not None:
+            names = [method.name for method in self.methods]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"the method '{twice[0]}' stands in the recipe twice")
+            ordered = tuple(sorted(self.methods, key=lambda method: (method.slot, method.name)))
+            object.__setattr__(self, "methods", ordered)
+        return self
+
+    def get(self, kind: type[MethodType]) -> MethodType | None:
+        """Return this recipe's method of the given class, or None when the recipe does without."""
+        return next((method for method in self.methods or () if isinstance(method, kind)), None)
+
+    def in_slot(self, slot: Slot) -> tuple[Method, ...]:
+        """Return this recipe's methods that act in `slot`."""
+        return tuple(method for method in self.methods or () if method.slot == slot)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """Return this recipe with some fields changed, validated again."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain data, as it is written to YAML: methods are a mapping from name to options."""
+        mapping = self.model_dump(mode="json", exclude={"methods"})
+        if self.methods is not None:
+            mapping["methods"] = {method.name: method.model_dump(mode="json") for method in self.methods}
+        return mapping
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that are equal for equal content; where the result is put does not count."""
+        content = {key: value for key, value in self.to_mapping().items() if key not in ("out", "report_to")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def checked(make: Callable[[], Recipe], describe: str) -> Recipe:
+    """Call `make` and turn pydantic's complaints into an `InputError` that starts with `describe`."""
+    try:
+        return make()
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()]
+        raise InputError(f"{describe} is not valid:\n" + "\n".join(lines)) from None

@@ -1,0 +1,223 @@
+"""What a person sees while something runs: what is going to be done, one line of progress, and what came of it.
+
+On a terminal the progress line is rewritten in place; elsewhere (a pipe, a log) a plain line appears now and then. For
+machines there is `JsonLines`: every event as one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from tunewise.api import Result
+from tunewise.engine.assemble import Plan
+from tunewise.machine.machine import Machine
+from tunewise.units import format_bytes, format_count, format_seconds
+from tunewise.workload.corpus import Corpus
+from tunewise.workload.diagnosis import Diagnosis, Finding, preview
+from tunewise.workload.model import locate
+
+PLAIN_SECONDS = 5.0
+"""How often a plain progress line appears where lines cannot be rewritten."""
+
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+class Terminal:
+    """Shows a training to a person."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._num_steps = 0
+        self._started_at: float | None = None
+        self._started_step = 0
+        self._last_plain = 0.0
+        self._line_is_open = False
+        self._validation = ""
+
+    def announce(self, plan: Plan, folder: Path) -> None:
+        """Say what is going to be done, before weights are loaded."""
+        recipe, data = plan.recipe, plan.data
+        self._num_steps = plan.num_steps
+        show = self.console.print
+        show(f"[bold]tunewise[/] trains [bold]{escape(recipe.model.name)}[/] on [bold]{escape(recipe.data.source)}[/]")
+        for sentence in data.said:
+            show(f"  data      {escape(sentence)}", soft_wrap=True)
+        show_findings(self.console, data.diagnosis.findings)
+        show(f"  methods   {', '.join(method.name for method in recipe.methods or ())}")
+        size = recipe.batch.documents or recipe.batch.supervised_tokens
+        unit = "documents" if recipe.batch.documents else "supervised tokens"
+        show(f"  training  {plan.num_steps} steps of {size} {unit}, learning rate {recipe.training.learning_rate:g}")
+        show(f"  run       {escape(str(folder))}")
+
+    def observe(self, entry: dict[str, Any]) -> None:
+        """Show one event."""
+        match entry["event"]:
+            case "step":
+                self._progress(entry)
+            case "evaluation":
+                mark = "  (best so far)" if entry["is_best"] else ""
+                self._validation = f"  validation {entry['validation_loss']:.4f}"
+                self._line(f"  step {entry['step']:>5}  validation loss {entry['validation_loss']:.4f}{mark}")
+            case "note":
+                self._line(f"  note      {escape(entry['message'])}")
+            case "out_of_memory":
+                rows = f"{entry['micro_batch_size']} rows of at most {entry['row_tokens'] or 'one document'}"
+                self._line(f"  [yellow]out of memory[/]: going on with {rows}; the batch of a step stays the same")
+            case "damaged_checkpoint":
+                self._line(f"  [yellow]damaged checkpoint[/]: {escape(entry['message'])}")
+            case "resumed":
+                self._line(f"  resumed after step {entry['step']} from {escape(entry['from'])}")
+            case _:
+                pass
+
+    def finish(self, result: Result) -> None:
+        """Say what came of the training, where it is, and how to load it."""
+        outcome, saved, show = result.outcome, result.saved, self.console.print
+        rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
+        self._line(f"[bold green]done[/]: {outcome.reason}, {outcome.steps} steps in {format_seconds(outcome.seconds)}")
+        if outcome.best_loss is not None and outcome.first_loss is not None:
+            show(
+                f"  validation loss {outcome.first_loss:.4f} -> [bold]{outcome.best_loss:.4f}[/] nats per supervised "
+                f"token (best at step {outcome.best_step}, restored)"
+            )
+        show(
+            f"  {format_count(outcome.tokens)} tokens, {rate:.0f} tokens/s, memory {format_bytes(outcome.peak_memory_bytes)}"
+        )
+        show(f"  saved and read again: {escape(str(saved.folder))}")
+        show(escape("\n".join("    " + line for line in how_to_load(result))))
+
+    def _progress(self, entry: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if self._started_at is None:
+            self._started_at, self._started_step = now, entry["step"]
+        done = entry["step"] - self._started_step
+        rest = self._num_steps - entry["step"]
+        left = format_seconds((now - self._started_at) / done * rest) if done else "some time"
+        line = (
+            f"  step {entry['step']:>5}/{self._num_steps}  loss {entry['loss']:.4f}{self._validation}  "
+            f"{entry['tokens'] / entry['seconds']:.0f} tokens/s  {format_bytes(entry['memory_bytes'])}  "
+            f"{left} left"
+        )
+        if self.console.is_terminal:
+            self.console.file.write("\r" + line.ljust(min(self.console.width - 1, 110))[: self.console.width - 1])
+            self.console.file.flush()
+            self._line_is_open = True
+        elif now - self._last_plain >= PLAIN_SECONDS or entry["step"] == self._num_steps:
+            self._last_plain = now
+            self.console.print(line, soft_wrap=True)
+
+    def _line(self, text: str) -> None:
+        if self._line_is_open:
+            self.console.file.write("\n")
+            self._line_is_open = False
+        self.console.print(text, soft_wrap=True)
+
+
+class JsonLines:
+    """Prints every event as one JSON object a line on standard output."""
+
+    def announce(self, plan: Plan, folder: Path) -> None:
+        """Print the complete recipe and what was found in the data."""
+        self._print(
+            {"event": "start", "folder": str(folder), "num_steps": plan.num_steps, "said": list(plan.data.said)}
+        )
+        self._print({"event": "recipe", "id": plan.recipe.id, "recipe": plan.recipe.to_mapping()})
+
+    def observe(self, entry: dict[str, Any]) -> None:
+        """Print one event."""
+        self._print(entry)
+
+    def finish(self, result: Result) -> None:
+        """Print where the result is."""
+        best = result.outcome.best_loss
+        self._print(
+            {"event": "result", "folder": str(result.saved.folder), "kind": result.saved.kind, "best_loss": best}
+        )
+
+    def _print(self, entry: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(entry) + "\n")
+        sys.stdout.flush()
+
+
+def how_to_load(result: Result) -> list[str]:
+    """Return the lines of Python that load what was saved."""
+    if result.saved.kind == "model":
+        return [
+            "from transformers import AutoModelForCausalLM",
+            f"model = AutoModelForCausalLM.from_pretrained('{result.saved.folder}')",
+        ]
+    from_base = f"AutoModelForCausalLM.from_pretrained('{base_folder(result)}')"
+    return [
+        "from transformers import AutoModelForCausalLM",
+        "from peft import PeftModel",
+        f"model = PeftModel.from_pretrained({from_base}, '{result.saved.folder}')",
+    ]
+
+
+def base_folder(result: Result) -> str:
+    """Return the name under which transformers finds the base model."""
+    return locate(result.recipe.model.name)
+
+
+def show_findings(console: Console, findings: Iterable[Finding]) -> None:
+    """Print what the data doctor found, errors first."""
+    for finding in findings:
+        colour = _COLOURS[finding.severity]
+        sentence = str(finding).removeprefix(f"{finding.severity}: ")
+        console.print(f"  [{colour}]{finding.severity:<9}[/] {escape(sentence)}", soft_wrap=True)
+
+
+def show_diagnosis(said: Iterable[str], diagnosis: Diagnosis) -> None:
+    """Print what was read and how, and the data doctor's whole diagnosis."""
+    console = Console(highlight=False)
+    for sentence in said:
+        console.print(f"  {escape(sentence)}", soft_wrap=True)
+    show_findings(console, diagnosis.findings)
+    if not diagnosis.findings:
+        console.print("  [green]nothing to complain about[/]")
+
+
+def show_preview(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_records: int) -> None:
+    """Print records with what is supervised in green and what is only read dimmed."""
+    console = Console(highlight=False)
+    for index in range(min(num_records, len(corpus))):
+        text = Text()
+        for piece, is_supervised in preview(corpus, tokenizer, index):
+            text.append(piece, style="green" if is_supervised else "dim")
+        console.rule(f"{escape(corpus.origins[index])}: [green]supervised[/], [dim]only read[/]", align="left")
+        console.print(text)
+
+
+def show_machines(machines: list[Machine]) -> None:
+    """Print machines as a table."""
+    table = Table("machine", "memory", "usable", "bandwidth", "bf16", "fp32", "power", "source")
+    for machine in machines:
+        rates = machine.flops_per_second
+        table.add_row(
+            machine.name,
+            format_bytes(machine.memory_bytes),
+            format_bytes(machine.usable_memory_bytes),
+            f"{machine.bandwidth_bytes_per_second / 1e9:.0f} GB/s",
+            _rate(rates.get("bf16")),
+            _rate(rates.get("fp32")),
+            f"{machine.power_watts:.0f} W" if machine.power_watts else "",
+            machine.source,
+        )
+    Console().print(table)
+
+
+def _rate(flops: float | None) -> str:
+    if flops is None:
+        return "-"
+    return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.0f} GFLOP/s"

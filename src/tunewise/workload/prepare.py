@@ -1,0 +1,207 @@
+"""From a recipe's data to corpora that are ready to train on, and everything that a user must be told about
+them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tunewise.errors import InputError
+from tunewise.recipe import DataSpec, Recipe
+from tunewise.workload.conversation import Conversation, Document
+from tunewise.workload.corpus import Corpus
+from tunewise.workload.detection import find_mapping
+from tunewise.workload.diagnosis import Diagnosis, statistics_of
+from tunewise.workload.doctor import examine
+from tunewise.workload.formats import FieldMapping
+from tunewise.workload.record import Record
+from tunewise.workload.records import STDLIB, read_records
+from tunewise.workload.splits import leak_groups, split
+from tunewise.workload.stdlib_source import Part, stdlib_records, stdlib_texts
+from tunewise.workload.tally import Tally
+from tunewise.workload.text_checks import checked
+from tunewise.workload.tokens import Tokenized, TooLong, renderer_for, tokenize
+
+DEFAULT_MAX_LENGTH = 2048
+_SAMPLE_RECORDS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Data that are ready to train on.
+
+    Attributes:
+        train: the training documents.
+        validation: the validation documents; none of them when the recipe wants none.
+        said: sentences for the user: which fields became what, the layout, the counts, the policies.
+        diagnosis: the doctor's findings.
+        data_fingerprint: equal exactly when training and validation would see the same data.
+    """
+
+    train: Corpus
+    validation: Corpus
+    said: list[str]
+    diagnosis: Diagnosis
+    data_fingerprint: str
+
+
+def default_max_length(context_length: int) -> int:
+    """Return the `max_length` of a recipe that names none: the model's context, at most 2048 tokens."""
+    return min(context_length, DEFAULT_MAX_LENGTH)
+
+
+def resolved_too_long(recipe: Recipe) -> TooLong:
+    """Return what happens to long documents: what the user wrote, else windows where every token is
+    learnt."""
+    if "too_long" not in recipe.data.model_fields_set and recipe.objective != "sft":
+        return "split"
+    return recipe.data.too_long
+
+
+def prepare(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
+) -> Prepared:
+    """Read, convert, tokenize, split and examine the recipe's data.
+
+    Args:
+        recipe: whose `data`, `objective` and `seed` count.
+        tokenizer: the model's fast tokenizer.
+        context_length: the most positions that the model knows.
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        InputError: the data cannot be read or converted, or the doctor finds an error; all errors are listed.
+    """
+    diagnosis, train, validation, said = diagnose(recipe, tokenizer, context_length, vocab_size)
+    if diagnosis.errors:
+        listed = "\n".join(f"  {finding}" for finding in diagnosis.errors)
+        others = [finding for finding in diagnosis.findings if finding.severity == "warning"]
+        more = "".join(f"\n  {finding}" for finding in others) if len(train.corpus) == 0 else ""
+        raise InputError(f"{recipe.data.source}: training on these data makes no sense:\n{listed}{more}")
+    fingerprints = f"{train.corpus.fingerprint} {validation.corpus.fingerprint}"
+    return Prepared(
+        train=train.corpus,
+        validation=validation.corpus,
+        said=said,
+        diagnosis=diagnosis,
+        data_fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest()[:16],
+    )
+
+
+def diagnose(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
+) -> tuple[Diagnosis, Tokenized, Tokenized, list[str]]:
+    """Do the work of `prepare`, without refusing what the doctor finds wrong.
+
+    Returns:
+        The diagnosis, the training part, the validation part and what must be said.
+    """
+    data = recipe.data
+    if data.max_length is not None and data.max_length > context_length:
+        raise InputError(
+            f"data.max_length: {data.max_length} tokens are more than the model's context of "
+            f"{context_length}. Choose at most {context_length}."
+        )
+    max_length = data.max_length or default_max_length(context_length)
+    said: list[str] = []
+    whole = _tokenized(recipe, _source(recipe, "train"), data.source, tokenizer, max_length, said)
+    if data.source == STDLIB and data.validation is None and data.validation_fraction > 0:
+        train = whole
+        validation = _tokenized(
+            recipe, _source(recipe, "validation"), "stdlib (held out)", tokenizer, max_length, said
+        )
+        validation = _without_leaks(train, validation, said)
+    elif data.validation is not None:
+        train = whole
+        records = read_records(data.validation)
+        validation = _tokenized(recipe, records, data.validation, tokenizer, max_length, said)
+    else:
+        train, validation = _split(whole, recipe, said)
+    said.append(f"training: {statistics_of(train)}")
+    said.append(
+        f"validation: {len(validation.corpus)} documents, "
+        f"{int(validation.corpus.is_supervised.sum())} supervised tokens"
+    )
+    said.append(f"longer than {max_length} tokens: {resolved_too_long(recipe)}")
+    has_validation = len(validation.corpus) > 0
+    diagnosis = examine(train, validation if has_validation else None, tokenizer, vocab_size)
+    return diagnosis, train, validation, said
+
+
+def _source(recipe: Recipe, part: Part) -> Iterator[Record]:
+    data = recipe.data
+    if data.source != STDLIB:
+        return read_records(data.source, data.max_records)
+    wants_texts = data.format == "text" or (data.format == "auto" and recipe.objective != "sft")
+    records = stdlib_texts(part) if wants_texts else stdlib_records(part)
+    return itertools.islice(records, data.max_records if part == "train" else None)
+
+
+def _tokenized(
+    recipe: Recipe,
+    records: Iterator[Record],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    said: list[str],
+) -> Tokenized:
+    sample = list(itertools.islice(records, _SAMPLE_RECORDS))
+    if not sample:
+        raise InputError(f"{name}: there are no records.")
+    mapping = find_mapping(sample, recipe.data.format, recipe.data.fields)
+    said.append(f"{name}: {mapping.describe()}")
+    layout = renderer_for(tokenizer).describe()
+    if mapping.format != "text" and layout not in said:
+        said.append(layout)
+    tally = Tally()
+    documents = checked(_documents(itertools.chain(sample, records), mapping, recipe.data), tokenizer, tally)
+    return tokenize(
+        documents,
+        tokenizer,
+        objective=recipe.objective,
+        max_length=max_length,
+        too_long=resolved_too_long(recipe),
+        tally=tally,
+    )
+
+
+def _documents(records: Iterator[Record], mapping: FieldMapping, data: DataSpec) -> Iterator[Document]:
+    if data.system_prompt is not None and mapping.format == "text":
+        raise InputError("data.system_prompt: plain texts have no system message. Leave it out.")
+    for record in records:
+        document = mapping.convert(record)
+        if data.system_prompt is not None and isinstance(document, Conversation):
+            document = document.with_system_prompt(data.system_prompt)
+        yield document
+
+
+def _split(whole: Tokenized, recipe: Recipe, said: list[str]) -> tuple[Tokenized, Tokenized]:
+    """Set validation documents aside; where there are too few texts for that, some of their windows."""
+    if len(whole.corpus) == 0:
+        return whole, whole
+    num_records = len(np.unique(whole.record_numbers))
+    if num_records * recipe.data.validation_fraction < 1 and num_records < len(whole.corpus):
+        whole = whole.by_window()
+        said.append(f"texts: {num_records}, too few to set one aside; validation takes some of their windows")
+    keys = leak_groups(whole.content_keys, whole.prompt_keys)
+    train, validation = split(keys, recipe.data.validation_fraction, recipe.seed)
+    said.append(
+        f"split by content with seed {recipe.seed}: {len(train)} documents for training, {len(validation)} "
+        "for validation; equal prompts or contents stay on one side"
+    )
+    return whole.take(train), whole.take(validation)
+
+
+def _without_leaks(train: Tokenized, validation: Tokenized, said: list[str]) -> Tokenized:
+    """Leave out held-out documents whose prompt or content the training part has too."""
+    leaked = np.isin(validation.prompt_keys, train.prompt_keys) | np.isin(
+        validation.content_keys, train.content_keys
+    )
+    if leaked.any():
+        said.append(f"held-out documents that training has too, left out: {int(leaked.sum())}")
+    return validation.take(np.flatnonzero(~leaked))

@@ -1,0 +1,122 @@
+"""Quantized models: which layers are packed, that the model then computes with just these numbers, QLoRA,
+refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.unit.architectures import ARCHITECTURES, tiny_model
+from tests.unit.methods.adapted import disturb, logits, make_recipe, make_run, token_ids
+from tunewise.errors import Conflict, InputError
+from tunewise.layers.linear import PackedLinear, output_head
+from tunewise.layers.lora import lora_layers, merge_lora
+from tunewise.layers.quantized import QuantKind
+from tunewise.methods.freezing import Freeze
+from tunewise.methods.lora import LoRA
+from tunewise.methods.quantization import Quantize
+
+pytest.importorskip("bitsandbytes")
+KINDS: tuple[QuantKind, ...] = ("nf4", "fp4", "int8")
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_computes_with_the_dequantized_weights(architecture: str, kind: QuantKind) -> None:
+    run = make_run(tiny_model(architecture), Quantize(kind=kind))
+    packed = packed_layers(run.model)
+    assert packed
+    assert output_head(run.model) not in packed.values()
+    quantized = logits(run.model)
+    for name, layer in packed.items():
+        run.model.set_submodule(name, layer.to_dense(torch.float32))
+    assert torch.allclose(logits(run.model), quantized, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_stays_near_the_original() -> None:
+    model = tiny_model("llama")
+    before = logits(model)
+    after = logits(make_run(model, Quantize(kind="int8")).model)
+    assert 0 < float((after - before).norm() / before.norm()) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_qlora_trains_the_update_and_merges_into_the_dequantized_weights(
+    architecture: str, kind: QuantKind
+) -> None:
+    run = make_run(tiny_model(architecture), Quantize(kind=kind), LoRA(rank=4))
+    assert all(isinstance(layer.base_layer, PackedLinear) for layer in lora_layers(run.model).values())
+    base = logits(run.model)
+    disturb(run.model)
+    run.model.train()(input_ids=token_ids(), use_cache=False).logits.square().mean().backward()
+    assert all(parameter.grad is not None for _, parameter in run.trainable())
+    trained = logits(run.model)
+    assert not torch.allclose(trained, base)
+    merge_lora(run.model)
+    assert not packed_layers(run.model)
+    assert torch.allclose(logits(run.model), trained, rtol=1e-5, atol=1e-4)
+
+
+def test_skips_and_says_so() -> None:
+    run = make_run(tiny_model("llama"), Quantize(kind="int8", skip_modules=("lm_head", "q_proj", "layers.1")))
+    names = packed_layers(run.model)
+    assert all(name.startswith("model.layers.0") and "q_proj" not in name for name in names)
+    assert len(names) == 6
+    assert run.notes[0].startswith("int8 weights in 6 linear layers: ")
+
+
+def test_the_head_is_packed_on_request_unless_it_is_tied() -> None:
+    run = make_run(tiny_model("llama", tie_word_embeddings=False), Quantize(kind="int8", skip_modules=()))
+    assert output_head(run.model) in packed_layers(run.model).values()
+    with pytest.raises(Conflict, match="shares its tensor"):
+        make_run(tiny_model("llama", tie_word_embeddings=True), Quantize(kind="int8", skip_modules=()))
+
+
+def test_says_that_experts_keep_their_precision() -> None:
+    run = make_run(tiny_model("mixtral"), Quantize(kind="int8"))
+    assert "experts" in run.notes[1]
+
+
+def test_clear_errors() -> None:
+    with pytest.raises(InputError, match=r"quantize.skip_modules: there is no 'q_porj'.*'q_proj'"):
+        make_run(tiny_model("llama"), Quantize(skip_modules=("q_porj",)))
+    with pytest.raises(ValidationError, match="belong to nf4"):
+        Quantize(kind="int8", double_quant=True)
+    recipe = make_recipe(Quantize())
+    assert "add 'lora'" in str(Quantize().conflict(recipe))
+    assert Quantize().conflict(make_recipe(Quantize(), LoRA())) is None
+    with pytest.raises(Conflict, match="whose weight is quantized"):
+        make_run(
+            tiny_model("llama", tie_word_embeddings=False),
+            Quantize(kind="int8", skip_modules=()),
+            LoRA(modules_to_save=("lm_head",)),
+        )
+
+
+def test_biases_can_be_trained_beside_packed_weights() -> None:
+    run = make_run(tiny_model("opt"), Quantize(kind="nf4"), Freeze(train=("*.bias",)))
+    run.model(input_ids=token_ids()).logits.square().mean().backward()
+    trained = dict(run.trainable())
+    assert "model.decoder.layers.0.fc1.bias" in trained
+    assert all(parameter.grad is not None for parameter in trained.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_builds_on_fake_tensors_with_the_same_bytes(kind: QuantKind) -> None:
+    real = make_run(tiny_model("llama"), Quantize(kind=kind), LoRA(rank=4)).model
+    with FakeTensorMode():
+        run = make_run(tiny_model("llama"), Quantize(kind=kind), LoRA(rank=4), is_dry=True)
+        run.model(input_ids=torch.ones(2, 7, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    for (name, fake), (real_name, tensor) in zip(
+        run.model.state_dict().items(), real.state_dict().items(), strict=True
+    ):
+        assert (name, fake.shape, fake.dtype) == (real_name, tensor.shape, tensor.dtype)
+    assert all(parameter.grad is not None for _, parameter in run.trainable())
