@@ -1,0 +1,36 @@
+"""What the documents say is what the code does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunewise.methods import BY_NAME
+from tunewise.methods.reading import load_recipe, read_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_method_cards_are_current() -> None:
+    script = ROOT / "docs" / "make_method_cards.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run: python {script}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda file: file.name)
+def test_every_example_is_a_valid_recipe(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert {method.name for method in recipe.methods or ()} == set(read_yaml(file).get("methods") or ())
+
+
+def test_the_readme_names_every_method() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in BY_NAME if f"`{name}`" not in readme] == []
+
+
+def test_ci_runs_the_readme_command() -> None:
+    command = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test]'"
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
