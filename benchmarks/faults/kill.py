@@ -3,8 +3,8 @@
     python benchmarks/faults/kill.py --kills 100 --json kill.json
 
 Each round trains the same recipe (LoRA with dropout, packing, checkpoints every other step) in a child process that is
-killed with SIGKILL several times: at a random moment of its life, or as soon as a half-written checkpoint is seen on
-the disk. After the last kill it trains to its end; weights, optimizer state, random state and progress of the last
+killed with SIGKILL several times: at a random moment of its life, or while a half-written checkpoint is seen on the
+disk. After the last kill it trains to its end; weights, optimizer state, random state and progress of the last
 checkpoint, and the saved adapter, must then equal those of the uninterrupted run bit for bit. A kill counts as survived
 when its round ends equal. Children are forked from a process that has imported everything, so a kill costs less than a
 second.
@@ -13,6 +13,7 @@ second.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -35,6 +36,8 @@ from tunewise.workload.model import EMBEDDED_FOLDER
 
 KILLS_IN_A_ROUND = 10
 STEPS = 60
+WRITING_SECONDS = 0.01
+"""About how long a checkpoint of this size takes to be written and synced."""
 
 
 def make_workload(folder: Path) -> dict[str, Any]:
@@ -94,17 +97,33 @@ def fingerprint(out: Path) -> dict[str, str]:
 
 
 def kill_once(child: Any, out: Path, chooser: random.Random, lifetime: float, in_writing: bool) -> str | None:
-    """Kill `child` and return how: "writing" or "random"; None when it ended before."""
-    deadline = time.monotonic() + (lifetime if in_writing else chooser.uniform(0.0, lifetime))
-    while child.is_alive() and time.monotonic() < deadline:
-        if in_writing and next((out / "checkpoints").glob(".partial-*"), None) is not None:
-            break
+    """Kill `child` and return how: "writing" when it left a half-written checkpoint, else "random"; None when it ended.
+
+    The moment is random. With `in_writing` it is soon after the first sight of a half-written checkpoint from then on,
+    by a delay that reaches from its first byte to its last.
+    """
+    left_behind = half_written(out)  # by the kill before
+    moment = time.monotonic() + chooser.uniform(0.0, lifetime)
+    while child.is_alive() and time.monotonic() < moment:
         time.sleep(0.0005)
+    while in_writing and child.is_alive() and not half_written(out) - left_behind:
+        time.sleep(0.0002)
+    if in_writing:
+        time.sleep(chooser.uniform(0.0, WRITING_SECONDS))
     if not child.is_alive():
         return None
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    return "writing" if next((out / "checkpoints").glob(".partial-*"), None) is not None else "random"
+    return "writing" if half_written(out) - left_behind else "random"
+
+
+def half_written(out: Path) -> set[tuple[str, int]]:
+    """Return name and time of change of every half-written checkpoint."""
+    found = set()
+    for path in (out / "checkpoints").glob(".partial-*"):
+        with contextlib.suppress(FileNotFoundError):  # it has got its name, or was cleaned up, in between
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def start(recipe: dict[str, Any], out: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,17 @@ from tunewise.engine.assemble import Plan, assemble, settle
 from tunewise.engine.checkpoint import list_checkpoints, load_checkpoint
 from tunewise.engine.run_folder import RunFolder
 from tunewise.engine.state import restore_trainable
-from tunewise.engine.train import Observe, Outcome, Training
+from tunewise.engine.train import Observe, Training
 from tunewise.errors import InputError
 from tunewise.export.finish import Saved, save_merged, save_result
+from tunewise.export.result import Result
+from tunewise.methods.method import Run
 from tunewise.methods.reading import load_recipe, recipe_from_mapping
 from tunewise.recipe import Recipe
+from tunewise.report.trackers import open_trackers
 from tunewise.workload.model import model_fingerprint
 
 Announce = Callable[[Plan, Path], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished training: the complete recipe, what came of it, where it lies and what was saved."""
-
-    recipe: Recipe
-    outcome: Outcome
-    folder: Path
-    saved: Saved
 
 
 def train(
@@ -59,8 +52,10 @@ def train(
     announce(plan, folder.path)
     folder.open()
     try:
-        folder.write_start(plan.recipe, _fingerprints(plan))
-        return _run(plan, folder, observe, resume_it=False)
+        with open_trackers(plan.recipe, folder.path) as track:
+            run = assemble(plan)  # before recipe.yaml is written: what fails here is no run that could be resumed
+            folder.write_start(plan.recipe, _fingerprints(plan))
+            return _run(run, plan, folder, _both(track, observe), resume_it=False)
     finally:
         folder.close()
 
@@ -83,11 +78,11 @@ def resume(
     home.open()
     try:
         plan = settle(load_recipe(home.recipe_file))
-        for name, value in _fingerprints(plan).items():
-            if home.fingerprints().get(name) != value:
-                raise InputError(f"The run in '{folder}' cannot go on: {_CHANGED[name]} changed since it was started.")
+        _refuse_changes(plan, home, ("recipe", "data", "model"), f"The run in '{folder}' cannot go on")
         announce(plan, home.path)
-        return _run(plan, home, observe, resume_it=bool(list_checkpoints(home.checkpoints)))
+        with open_trackers(plan.recipe, home.path) as track:
+            begun = bool(list_checkpoints(home.checkpoints))
+            return _run(assemble(plan), plan, home, _both(track, observe), resume_it=begun)
     finally:
         home.close()
 
@@ -104,19 +99,21 @@ def export_merged(folder: str | Path, destination: str | Path) -> Saved:
         raise InputError(f"There is no run in '{folder}': it has no recipe.yaml.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"The destination '{target}' is not empty; name a new folder.")
-    plan = settle(load_recipe(home.recipe_file))
+    recipe = load_recipe(home.recipe_file)
+    tensors = _result_tensors(home, recipe.evaluation.keep_best)
+    plan = settle(recipe)
+    _refuse_changes(plan, home, ("recipe", "model"), f"The run in '{folder}' cannot be exported")
     run = assemble(plan)
-    restore_trainable(run, _best_tensors(home))
+    restore_trainable(run, tensors)
     return save_merged(run, plan.tokenizer, target)
 
 
-def _run(plan: Plan, folder: RunFolder, observe: Observe, *, resume_it: bool) -> Result:
-    run = assemble(plan)
+def _run(run: Run, plan: Plan, folder: RunFolder, observe: Observe, *, resume_it: bool) -> Result:
     training = Training(run, plan.data.train, plan.data.validation, plan.num_steps, folder, observe)
-    for note in run.notes:
-        training.record({"event": "note", "message": note})
     if resume_it:
         training.resume()
+    for note in run.notes:
+        training.record({"event": "note", "message": note})
     outcome = training.run()
     saved = save_result(run, plan.tokenizer, folder.path)
     training.record(
@@ -126,14 +123,33 @@ def _run(plan: Plan, folder: RunFolder, observe: Observe, *, resume_it: bool) ->
     return Result(plan.recipe, outcome, folder.path, saved)
 
 
-def _best_tensors(home: RunFolder) -> dict[str, Any]:
+def _refuse_changes(plan: Plan, home: RunFolder, names: tuple[str, ...], refused: str) -> None:
+    """Raise InputError when one of recipe, data and model is not what the run was started with."""
+    known, present = home.fingerprints(), _fingerprints(plan)
+    for name in names:
+        if known.get(name) != present[name]:
+            raise InputError(
+                f"{refused}: {_CHANGED[name]} changed since it was started. Undo the change, or start a new run."
+            )
+
+
+def _both(first: Observe, second: Observe) -> Observe:
+    def observe(entry: dict[str, Any]) -> None:
+        first(entry)
+        second(entry)
+
+    return observe
+
+
+def _result_tensors(home: RunFolder, keep_best: bool) -> dict[str, Any]:
+    """Read the state that counts: the best one where the recipe keeps it, else the last one."""
     checkpoints = list_checkpoints(home.checkpoints)
     if not checkpoints:
         raise InputError(f"The run in '{home.path}' has no checkpoint to export.")
     tensors, state = load_checkpoint(checkpoints[-1][1])
     best = state["progress"]["best_step"]
     kept = dict(checkpoints)
-    return load_checkpoint(kept[best])[0] if best in kept else tensors
+    return load_checkpoint(kept[best])[0] if keep_best and best in kept else tensors
 
 
 def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

@@ -104,7 +104,7 @@ class DataSpec(Value):
     validation: str | None = None
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     max_length: PositiveInt | None = None
-    too_long: Literal["cut", "drop", "split", "error"] = "cut"
+    too_long: Literal["cut", "drop", "split", "error"] | None = None
     system_prompt: str | None = None
     max_records: PositiveInt | None = None
 
@@ -138,7 +138,7 @@ class BatchSpec(Value):
 class TrainingSpec(Value):
     """How long and how fast: the end of training (`steps`, else `tokens`, else `epochs`) and the learning rate."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -18,8 +18,8 @@ ORDER = [
     {"planner"},
     {"lab"},
     {"export"},
-    {"api"},
     {"report"},
+    {"api"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -84,7 +84,7 @@ def corpus() -> Corpus:
     return Corpus.from_documents(documents, [f"made:{i}" for i in range(len(lengths))])
 
 
-def make_run(methods: tuple[Method, ...], micro_batch_size: int, config: LlamaConfig = CONFIG) -> Run:
+def make_run(methods: tuple[Method, ...], micro_batch_size: int, device: torch.device = CPU) -> Run:
     names = {method.name for method in methods}
     slots = {method.slot for method in methods}
     plain = tuple(method for method in PLAIN if method.name not in names and method.slot not in slots)
@@ -94,19 +94,19 @@ def make_run(methods: tuple[Method, ...], micro_batch_size: int, config: LlamaCo
         methods=(*methods, *plain),
         batch=BatchSpec(documents=7, micro_batch_size=micro_batch_size),
     )
-    model = random_model(config, torch.float32, seed=0)
-    run = build(complete(recipe, config, CPU), model, CPU)
+    model = random_model(CONFIG, torch.float32, seed=0)
+    run = build(complete(recipe, CONFIG, device), model, device)
     with torch.no_grad():  # leave the point where B is zero, at which A has no gradient
         generator = torch.Generator().manual_seed(1)
         for name, parameter in run.trainable():
             if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return run
 
 
 def loss_and_gradients(run: Run) -> tuple[float, dict[str, Tensor]]:
     documents = range(len(corpus()))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=False)
     batches = [run.layout.build(rows, corpus()) for rows in run.layout.micro_batches(documents, corpus().lengths)]
     loss = float(gradients(run, batches, int(corpus().num_supervised.sum()), scaler))
     found = {}

@@ -24,6 +24,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3": _LLAMA_LIKE | {"head_dim": 8},
     "mistral": _LLAMA_LIKE | {"sliding_window": 6},
     "mixtral": _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": _LLAMA_LIKE
+    | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": _LLAMA_LIKE | {"head_dim": 8},
     "gemma2": _LLAMA_LIKE
     | {
         "head_dim": 8,
@@ -35,6 +38,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3_text": _LLAMA_LIKE
     | {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": _LLAMA_LIKE | {"sliding_window": 6, "pad_token_id": 0},
+    "phi": _LLAMA_LIKE | {"partial_rotary_factor": 0.5},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {
         "hidden_size": 32,

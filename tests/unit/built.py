@@ -15,14 +15,10 @@ from tunewise.workload.batches import Layout, MicroBatch
 
 def make_recipe(*methods: Method, **changes: Any) -> Recipe:
     """Return a recipe with these methods."""
-    return Recipe(
-        model=ModelSpec(name="tiny"), data=DataSpec(source="tiny.jsonl"), methods=methods, **changes
-    )
+    return Recipe(model=ModelSpec(name="tiny"), data=DataSpec(source="tiny.jsonl"), methods=methods, **changes)
 
 
-def make_run(
-    model: nn.Module, *methods: Method, device: str = "cpu", is_dry: bool = False, **changes: Any
-) -> Run:
+def make_run(model: nn.Module, *methods: Method, device: str = "cpu", is_dry: bool = False, **changes: Any) -> Run:
     """Return a run around `model` to which `methods` are applied in the order of their slots."""
     recipe = make_recipe(*methods, **changes)
     run = Run(

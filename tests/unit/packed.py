@@ -57,6 +57,5 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     assert ours.keys() == theirs.keys()
     floor = 1e-2 * max(float(gradient.abs().max()) for gradient in theirs.values())
     return max(
-        float((ours[name] - theirs[name]).abs().max()) / max(float(theirs[name].abs().max()), floor)
-        for name in theirs
+        float((ours[name] - theirs[name]).abs().max()) / max(float(theirs[name].abs().max()), floor) for name in theirs
     )

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from tunewise.cli import doctor, export, machine, train
+from tunewise.cli import doctor, export, machine, plan, train
 from tunewise.errors import Interrupted, TunewiseError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, doctor, export, machine):
+for command in (train, plan, doctor, export, machine):
     app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
 
 
@@ -27,6 +27,9 @@ def main() -> None:
     except TunewiseError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except PermissionError as error:  # a file that may not be read can turn up anywhere
+        print(f"error: {error.filename}: {error.strerror}. Check its permissions.", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(stop.exit_code)

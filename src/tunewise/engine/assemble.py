@@ -11,8 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tunewise.engine.build import build
-from tunewise.engine.train import total_steps
+from tunewise.engine.schedule import total_steps
 from tunewise.errors import Conflict
+from tunewise.methods.compatibility import refuse_conflicts
 from tunewise.methods.defaults import choose_device, complete, complete_intervals
 from tunewise.methods.lora import LoRA
 from tunewise.methods.method import Run
@@ -40,10 +41,12 @@ def settle(recipe: Recipe) -> Plan:
 
     Raises:
         InputError: recipe, model folder or data are wrong.
+        Conflict: the recipe's methods contradict each other.
     """
     device = choose_device(recipe.device)
     config = load_config(recipe.model)
     recipe = complete(recipe, config, device)
+    refuse_conflicts(recipe)
     tokenizer = load_tokenizer(recipe.model)
     vocab_size = len(tokenizer) if recipe.model.resize_vocabulary else config.get_text_config().vocab_size
     data = prepare(recipe, tokenizer, context_length(config), max(vocab_size, 1))
@@ -61,9 +64,7 @@ def assemble(plan: Plan) -> Run:
     recipe = plan.recipe
     precision = recipe.get(Precision)
     assert precision is not None, "complete() fills the slot PRECISION"
-    is_full = not recipe.in_slot(Slot.ADAPTER)
-    dtype = precision.trainable_dtype if is_full else precision.storage_dtype
-    model = load_model(recipe.model, plan.config, dtype, recipe.seed)
+    model = load_model(recipe.model, plan.config, precision.loading_dtype(recipe), recipe.seed)
     if recipe.model.resize_vocabulary and len(plan.tokenizer) > model.get_input_embeddings().num_embeddings:
         _require_trained_embeddings(recipe)
         resize_vocabulary(model, len(plan.tokenizer))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tunewise.errors import Conflict
-from tunewise.methods.compatibility import conflicts
+from tunewise.methods.compatibility import refuse_conflicts
 from tunewise.methods.method import ParameterGroup, Run
 from tunewise.methods.precision import check_dtypes
 from tunewise.recipe import Recipe, Slot
@@ -21,9 +21,7 @@ def build(recipe: Recipe, model: nn.Module, device: torch.device, *, is_dry: boo
     Raises:
         Conflict: the recipe's methods contradict each other, this model or this device.
     """
-    found = conflicts(recipe)
-    if found:
-        raise Conflict("The recipe contradicts itself:\n  " + "\n  ".join(found))
+    refuse_conflicts(recipe)
     if recipe.batch.micro_batch_size is None or not all(recipe.in_slot(slot) for slot in REQUIRED_SLOTS):
         raise ValueError("the recipe is not complete; pass it through tunewise.methods.complete first")
     run = Run(

@@ -7,7 +7,8 @@ A checkpoint is a folder `step-00000120/` with
     manifest.json         SHA-256 and size of the two, written last
 
 It appears under its name only when all of it is on the disk, so a kill at any moment leaves the older ones intact and
-at most a folder `.partial-*` that the next save removes. Nothing is pickled.
+at most a folder `.partial-*` that the next save removes. One that replaces another of the same step puts that aside
+first, under a name (`.replaced-*`) by which it is found as long as the new one is not there. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from torch import Tensor
 from tunewise.errors import CheckpointError, StorageError
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})")
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_NAME = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+_STORAGE_ERRNOS = {*_FULL, *_IN_THE_WAY, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def checkpoint_name(step: int) -> str:
@@ -41,8 +44,8 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, folder) of every finished checkpoint, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return sorted(found)
+    paths = [*folder.glob(".replaced-step-*"), *folder.glob("step-*")]  # of one step the regular name counts
+    return sorted({int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name))}.items())
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -52,7 +55,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
         StorageError: the disk is full or read-only; the older checkpoints are untouched.
     """
     final = folder / checkpoint_name(step)
-    aside = folder / f".partial-{checkpoint_name(step)}"
+    aside, replaced = (folder / f".{word}-{checkpoint_name(step)}" for word in ("partial", "replaced"))
     with storage_errors(f"cannot write the checkpoint of step {step} to {folder}", kept=_kept(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_partial(folder)
@@ -64,10 +67,12 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
         for name in (TENSORS, STATE, MANIFEST):
             _sync(aside / name)
         _sync(aside)
-        if final.exists():  # the same step saved before, by a run that was resumed from an older checkpoint
-            shutil.rmtree(final)
+        if final.exists():  # the same step saved before: since then evaluated, or resumed from an older checkpoint
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         aside.rename(final)
         _sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -121,9 +126,9 @@ def storage_errors(doing: str, kept: str = "") -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if isinstance(error, OSError) and number not in _STORAGE_ERRNOS:
             raise
-        advice = (
-            "Free some space and resume." if number in (errno.ENOSPC, errno.EDQUOT, None) else "Check its permissions."
-        )
+        advice = "Free some space and resume." if number in {*_FULL, None} else "Check its permissions."
+        if number in _IN_THE_WAY:
+            advice = "A file is in the way; move it, or choose another folder."
         raise StorageError(f"{doing}: {error}. {advice}{kept}") from error
 
 

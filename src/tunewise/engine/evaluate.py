@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tunewise.engine.step import autocast, is_out_of_memory
-from tunewise.errors import DoesNotFit
+from tunewise.engine.step import autocast
 from tunewise.methods.method import Run
 from tunewise.workload.batches import Layout, MicroBatch
 from tunewise.workload.corpus import Corpus
 
 
 def validation_loss(
-    run: Run, corpus: Corpus, documents: Sequence[int], should_stop: Callable[[], bool] = lambda: False
+    run: Run, corpus: Corpus, documents: Sequence[int], layout: Layout, should_stop: Callable[[], bool] = lambda: False
 ) -> float | None:
     """Return the loss per supervised token over `documents`, or None when `should_stop` cut it short.
 
-    Sums are taken over all tokens before dividing, so layout and micro-batch do not matter. Running out of memory
-    makes the evaluation's own layout smaller; training's is not touched.
-
-    Raises:
-        DoesNotFit: not even one document alone fits.
+    Sums are taken over all tokens before dividing, so `layout` decides about memory and speed only.
     """
-    size = run.recipe.evaluation.micro_batch_size or run.layout.micro_batch_size
-    layout = replace(run.layout, micro_batch_size=size)
     was_training = run.model.training
     run.model.eval()
     try:
-        while True:
-            try:
-                return _mean_loss(run, corpus, documents, layout, should_stop)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            layout = _smaller(layout, corpus, documents)
-            run.say(f"evaluation ran out of memory; it goes on with {layout.micro_batch_size} rows at once")
+        return _mean_loss(run, corpus, documents, layout, should_stop)
     finally:
         run.model.train(was_training)
 
@@ -64,13 +49,3 @@ def _mean_loss(
         total += summed_loss(run, batch).double().cpu()
         num_supervised += batch.num_supervised
     return float(total / num_supervised)
-
-
-def _smaller(layout: Layout, corpus: Corpus, documents: Sequence[int]) -> Layout:
-    longest = int(corpus.lengths[list(documents)].max())
-    smaller = layout.smaller(longest)
-    if smaller is None:
-        raise DoesNotFit(
-            f"Evaluation runs out of memory with a single document of {longest} tokens. Lower data.max_length."
-        )
-    return smaller

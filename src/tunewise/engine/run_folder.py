@@ -13,15 +13,16 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 from tunewise.engine.checkpoint import storage_errors
 from tunewise.errors import InputError
+from tunewise.methods.reading import recipe_to_yaml
 from tunewise.recipe import Recipe
 
 LIBRARIES = ("tunewise", "torch", "transformers", "tokenizers", "safetensors", "peft", "bitsandbytes", "numpy")
@@ -68,17 +69,18 @@ class RunFolder:
         """Close the metrics and release the lock."""
         for stream in (self._metrics, self._lock):
             if stream is not None:
-                stream.close()
+                with suppress(OSError):  # a full disk refuses the line again that `record` has complained about
+                    stream.close()
         self._metrics = self._lock = None
 
     def write_start(self, recipe: Recipe, fingerprints: dict[str, str]) -> None:
         """Write what a reader (and a resume) needs to know, before the first step."""
         with storage_errors(f"cannot write to the run folder {self.path}"):
             text = f"# tunewise {metadata.version('tunewise')}, recipe {recipe.id}\n"
-            text += yaml.safe_dump(recipe.to_mapping(), sort_keys=False, allow_unicode=True)
-            write_whole(self.recipe_file, text)
+            text += recipe_to_yaml(recipe)
             write_whole(self.path / "data.json", json.dumps(fingerprints, indent=1))
             write_whole(self.path / "versions.json", json.dumps(versions(), indent=1))
+            write_whole(self.recipe_file, text)  # last: a folder with a recipe can be resumed
 
     def fingerprints(self) -> dict[str, str]:
         """Read the fingerprints that the run was started with.
@@ -89,9 +91,9 @@ class RunFolder:
         file = self.path / "data.json"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return {str(key): str(value) for key, value in content.items()}
+        except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"{file} cannot be read, so nobody can tell whether the data changed: {error}") from None
-        return {str(key): str(value) for key, value in content.items()}
 
     def record(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

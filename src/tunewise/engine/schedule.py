@@ -1,4 +1,4 @@
-"""The learning rate over the run, as a factor on its peak: a pure function of the step.
+"""How long a run is, and its learning rate as a factor on the peak: a pure function of the step.
 
 References:
     "wsd" (warm-up, stable, decay): Hu et al. 2024, MiniCPM, arXiv 2404.06395; the decay takes the last fifth.
@@ -10,9 +10,31 @@ from __future__ import annotations
 import math
 
 from tunewise.recipe import TrainingSpec
+from tunewise.workload.batches import GlobalBatches
 
 WSD_DECAY = 0.2
 """The share of the run over which "wsd" decays."""
+
+
+def total_steps(batches: GlobalBatches, spec: TrainingSpec) -> int:
+    """Return the number of optimizer steps of a run that ends as `spec` says; a part of an epoch is rounded."""
+    if spec.steps is not None:
+        return spec.steps
+    if spec.tokens is not None:
+        return _steps_for_tokens(batches, spec.tokens)
+    epochs = spec.epochs or 1.0
+    whole = int(epochs)
+    total = sum(len(batches.epoch(number)) for number in range(whole))
+    return max(1, total + round((epochs - whole) * len(batches.epoch(whole))))
+
+
+def _steps_for_tokens(batches: GlobalBatches, tokens: int) -> int:
+    held, counts = 0, batches.corpus.num_supervised
+    for step, (_, documents) in enumerate(batches.from_step(0), start=1):
+        held += int(counts[documents].sum())
+        if held >= tokens:
+            return step
+    raise AssertionError("from_step never ends")
 
 
 def warmup_steps(spec: TrainingSpec, total_steps: int) -> int:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask for a stop; the loop looks here between micro-steps, saves, and leaves."""
+"""SIGINT and SIGTERM ask for a stop; the loop looks here between steps, saves, and leaves."""
 
 from __future__ import annotations
 

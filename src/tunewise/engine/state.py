@@ -27,15 +27,18 @@ class Progress:
         smoothed_loss: exponential mean of the training loss (decay 0.9), the yardstick for a spike.
         evaluated_step: the step after which the validation loss was last taken, -1 before the first.
         validation_loss: the last validation loss.
-        best_loss, best_step: the lowest validation loss and when it was reached.
+        best_loss, best_step: the lowest validation loss after a step of training, and that step.
         evaluations_since_best: for patience.
         micro_batch_size, row_tokens: the present layout, smaller than the recipe's after running out of memory.
+        evaluation_micro_batch_size, evaluation_row_tokens: the same of evaluation, which shrinks by itself.
         seconds: time spent in training, over all resumptions.
         finished: why training ended, None while it goes on.
     """
 
     micro_batch_size: int
     row_tokens: int | None
+    evaluation_micro_batch_size: int = 1
+    evaluation_row_tokens: int | None = None
     step: int = 0
     supervised_tokens: int = 0
     tokens: int = 0
@@ -52,6 +55,11 @@ class Progress:
         """Return `base` with the present sizes."""
         return dataclasses.replace(base, micro_batch_size=self.micro_batch_size, row_tokens=self.row_tokens)
 
+    def evaluation_layout(self, base: Layout) -> Layout:
+        """Return `base` with evaluation's present sizes."""
+        size, row_tokens = self.evaluation_micro_batch_size, self.evaluation_row_tokens
+        return dataclasses.replace(base, micro_batch_size=size, row_tokens=row_tokens)
+
 
 def capture(
     run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, progress: Progress
@@ -65,7 +73,7 @@ def capture(
                 tensors[f"{_OPTIMIZER}{index}/{key}"] = value
             else:
                 numbers.setdefault(str(index), {})[key] = value
-    tensors |= _random_states(run.device)
+    tensors |= random_states(run.device)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = {
         "progress": dataclasses.asdict(progress),
@@ -101,7 +109,7 @@ def restore(
     ]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
-    _restore_random_states(run.device, tensors)
+    restore_random_states(run.device, tensors)
     return Progress(**state["progress"])
 
 
@@ -126,14 +134,16 @@ def restore_trainable(run: Run, tensors: dict[str, Tensor]) -> None:
             parameter.copy_(saved[name])
 
 
-def _random_states(device: torch.device) -> dict[str, Tensor]:
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators, of the CPU and of `device`."""
     states = {_RANDOM + "cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states[_RANDOM + "cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _restore_random_states(device: torch.device, tensors: dict[str, Tensor]) -> None:
+def restore_random_states(device: torch.device, tensors: dict[str, Tensor]) -> None:
+    """Put back what `random_states` returned."""
     torch.set_rng_state(tensors[_RANDOM + "cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors[_RANDOM + "cuda"], device)

@@ -11,9 +11,10 @@ passes `observe`, which is called with every line that goes to `metrics.jsonl`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,24 @@ from tunewise.engine.host_memory import TRIM_EVERY_STEPS, give_back_free_memory
 from tunewise.engine.run_folder import RunFolder
 from tunewise.engine.schedule import learning_rate_factor
 from tunewise.engine.signals import StopRequest
-from tunewise.engine.state import Progress, capture, restore, restore_trainable
+from tunewise.engine.state import (
+    Progress,
+    capture,
+    random_states,
+    restore,
+    restore_random_states,
+    restore_trainable,
+)
 from tunewise.engine.step import (
     clipped_norm,
     gradients,
-    is_out_of_memory,
     parameter_groups,
     set_learning_rate,
     update,
     update_in_backward,
 )
-from tunewise.errors import CheckpointError, Conflict, Interrupted
+from tunewise.errors import CheckpointError, Conflict, Interrupted, TrainingDiverged
 from tunewise.methods.method import Run
-from tunewise.recipe import TrainingSpec
 from tunewise.workload.batches import GlobalBatches, MicroBatch
 from tunewise.workload.corpus import Corpus
 
@@ -54,7 +60,8 @@ class Outcome:
         steps: optimizer steps done.
         reason: why it ended ("all steps done", "no better validation loss for 3 evaluations").
         first_loss: validation loss before the first step, nats per supervised token; None without validation data.
-        best_loss, best_step: the lowest validation loss and its step; that state is what is in the model now.
+        best_loss, best_step: the lowest validation loss after a step of training, and that step; with
+            `evaluation.keep_best` that state is what is in the model now.
         tokens, supervised_tokens, seconds: the work done, over all resumptions.
         peak_memory_bytes: the most that the device held (CUDA), or the largest resident size seen (CPU).
     """
@@ -70,27 +77,6 @@ class Outcome:
     peak_memory_bytes: int
 
 
-def total_steps(batches: GlobalBatches, spec: TrainingSpec) -> int:
-    """Return the number of optimizer steps of a run that ends as `spec` says; a part of an epoch is rounded."""
-    if spec.steps is not None:
-        return spec.steps
-    if spec.tokens is not None:
-        return _steps_for_tokens(batches, spec.tokens)
-    epochs = spec.epochs or 1.0
-    whole = int(epochs)
-    total = sum(len(batches.epoch(number)) for number in range(whole))
-    return max(1, total + round((epochs - whole) * len(batches.epoch(whole))))
-
-
-def _steps_for_tokens(batches: GlobalBatches, tokens: int) -> int:
-    held, counts = 0, batches.corpus.num_supervised
-    for step, (_, documents) in enumerate(batches.from_step(0), start=1):
-        held += int(counts[documents].sum())
-        if held >= tokens:
-            return step
-    raise AssertionError("from_step never ends")
-
-
 class Training:
     """One training run: a Run, its data, its folder and its progress."""
 
@@ -101,12 +87,13 @@ class Training:
         self.built, self.corpus, self.validation = run, train, validation
         self.num_steps, self.folder, self._observe = num_steps, folder, observe
         self.batches = GlobalBatches(train, recipe.batch, recipe.seed)
-        self.validation_documents = range(min(len(validation), recipe.evaluation.max_documents))
+        self.validation_documents = list(range(min(len(validation), recipe.evaluation.max_documents)))
         self.optimizer = run.make_optimizer(parameter_groups(run))
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.use_grad_scaler)
-        self.progress = Progress(run.layout.micro_batch_size, run.layout.row_tokens)
+        size, row_tokens = run.layout.micro_batch_size, run.layout.row_tokens
+        self.progress = Progress(size, row_tokens, recipe.evaluation.micro_batch_size or size, row_tokens)
         self.first_loss: float | None = None
-        self._saved_step = -1
+        self._saved: Progress | None = None
         self._peak_bytes = 0
         if run.update_in_backward:
             self._require_single_micro_batches()
@@ -119,10 +106,16 @@ class Training:
             CheckpointError: there is none, or it belongs to other parameters.
         """
         path, tensors, state, problems = checkpoint.newest_intact(self.folder.checkpoints)
-        self.progress = restore(self.built, self.optimizer, self.scaler, tensors, state)
-        self.first_loss = state["first_loss"]
+        try:
+            self.progress = restore(self.built, self.optimizer, self.scaler, tensors, state)
+            self.first_loss = state["first_loss"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is intact, but not what this version of tunewise writes ({type(error).__name__}: {error}). "
+                "Resume with the version in versions.json."
+            ) from error
         self.built.layout = self.progress.layout(self.built.layout)
-        self._saved_step = self.progress.step
+        self._saved = replace(self.progress)
         for problem in problems:
             self.record({"event": "damaged_checkpoint", "message": problem})
         self.record({"event": "resumed", "step": self.progress.step, "from": path.name})
@@ -160,9 +153,16 @@ class Training:
         learning_rate = (spec.learning_rate or 0.0) * learning_rate_factor(spec, progress.step, self.num_steps)
         set_learning_rate(self.optimizer, learning_rate)
         num_supervised = int(self.corpus.num_supervised[documents].sum())
+        random_state = random_states(run.device)
         loss = self._gradients_that_fit(documents, num_supervised)
         norm = 0.0 if run.update_in_backward else float(clipped_norm(run, self.optimizer, self.scaler))
-        check_finite_and_steady(self, loss, norm, documents)
+        try:
+            check_finite_and_steady(self, loss, norm, documents)
+        except TrainingDiverged:
+            restore_random_states(run.device, random_state)
+            if not run.update_in_backward:
+                self._save()
+            raise
         if not run.update_in_backward:
             update(self.optimizer, self.scaler)
         seconds = time.perf_counter() - started
@@ -181,7 +181,7 @@ class Training:
                 "step": progress.step,
                 "epoch": epoch,
                 "loss": loss,
-                "grad_norm": norm,
+                "grad_norm": norm if math.isfinite(norm) else None,  # fp16's scaler skips such a step
                 "learning_rate": learning_rate,
                 "tokens": num_tokens,
                 "supervised_tokens": num_supervised,
@@ -192,31 +192,22 @@ class Training:
 
     def _gradients_that_fit(self, documents: list[int], num_supervised: int) -> float:
         """Compute the step's gradients; when memory runs out, again in a smaller layout with the same random state."""
-        run = self.built
-        random_state = torch.get_rng_state()
+        run, progress = self.built, self.progress
+        random_state = random_states(run.device)
         while True:
             try:
                 return float(gradients(run, self._micro_batches(documents), num_supervised, self.scaler))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error)
+                run.layout = smaller_layout(self, error, "training", run.layout, self.corpus.lengths[documents])
+            progress.micro_batch_size, progress.row_tokens = run.layout.micro_batch_size, run.layout.row_tokens
             self.optimizer.zero_grad(set_to_none=True)
-            run.layout = smaller_layout(run, self.corpus, documents, reason)
-            self.progress.micro_batch_size = run.layout.micro_batch_size
-            self.progress.row_tokens = run.layout.row_tokens
-            torch.set_rng_state(random_state)
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.record(
-                {
-                    "event": "out_of_memory",
-                    "step": self.progress.step,
-                    "micro_batch_size": run.layout.micro_batch_size,
-                    "row_tokens": run.layout.row_tokens,
-                    "message": reason.splitlines()[0],
-                }
-            )
+            self._free_cached_memory()
+            restore_random_states(run.device, random_state)
+
+    def _free_cached_memory(self) -> None:
+        """Give back what the caching allocator keeps in sizes that nobody asks for any more."""
+        if self.built.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _micro_batches(self, documents: list[int]) -> Iterator[MicroBatch]:
         layout = self.built.layout
@@ -241,19 +232,34 @@ class Training:
 
     def _evaluate(self, stop: StopRequest) -> None:
         progress, started = self.progress, time.perf_counter()
-        loss = validation_loss(self.built, self.validation, self.validation_documents, lambda: bool(stop))
+        loss = self._validation_loss_that_fits(stop)
         if loss is None:
             return
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"The validation loss after step {progress.step} is {loss}. The checkpoints stay.")
         progress.evaluated_step, progress.validation_loss = progress.step, loss
-        if progress.step == 0:
+        if progress.step == 0:  # what is measured here is where training starts, no result of it
             self.first_loss = loss
-        if progress.best_loss is None or loss < progress.best_loss:
+        elif progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
         else:
             progress.evaluations_since_best += 1
         progress.seconds += time.perf_counter() - started
         is_best = progress.best_step == progress.step
         self.record({"event": "evaluation", "step": progress.step, "validation_loss": loss, "is_best": is_best})
+
+    def _validation_loss_that_fits(self, stop: StopRequest) -> float | None:
+        """Take the validation loss, in a smaller layout (evaluation's own) whenever memory runs out."""
+        run, progress, documents = self.built, self.progress, self.validation_documents
+        while True:
+            layout = progress.evaluation_layout(run.layout)
+            try:
+                return validation_loss(run, self.validation, documents, layout, lambda: bool(stop))
+            except (RuntimeError, MemoryError) as error:
+                layout = smaller_layout(self, error, "evaluation", layout, self.validation.lengths[documents])
+            progress.evaluation_micro_batch_size = layout.micro_batch_size
+            progress.evaluation_row_tokens = layout.row_tokens
+            self._free_cached_memory()
 
     def _is_new_best(self) -> bool:
         progress = self.progress
@@ -268,13 +274,13 @@ class Training:
 
     def _save(self) -> None:
         progress = self.progress
-        if self._saved_step == progress.step:
+        if self._saved == progress:
             return
         tensors, state = capture(self.built, self.optimizer, self.scaler, progress)
         path = checkpoint.save_checkpoint(
             self.folder.checkpoints, progress.step, tensors, {**state, "first_loss": self.first_loss}
         )
-        self._saved_step = progress.step
+        self._saved = replace(progress)
         best = progress.best_step if self.built.recipe.evaluation.keep_best else None
         checkpoint.remove_old(self.folder.checkpoints, self.built.recipe.checkpoints.keep, keep_also=best)
         self.record({"event": "checkpoint", "step": progress.step, "path": str(path.relative_to(self.folder.path))})

@@ -99,7 +99,7 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, products: int) -> int:
-    """Matrix products of (L, D) and (D, L) kind, causal or not: as torch counts flash attention, without the half saved.
+    """Matrix products of (L, D) and (D, L) kind, causal or not: as torch counts flash attention, whole squares.
 
     Forward: scores and their product with the values. Backward makes the scores again (FlashAttention-2, Dao 2023).
     """

@@ -6,6 +6,7 @@ tied weights are tied, and the logits on a probe are those of the run. Nothing a
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunewise.engine.checkpoint import storage_errors
+from tunewise.engine.step import autocast
 from tunewise.errors import VerificationError
 from tunewise.export.adapter import WEIGHTS, load_adapter, save_adapter, save_peft
 from tunewise.export.merge import merge_adapters
@@ -25,7 +27,7 @@ from tunewise.methods.lora import LoRA
 from tunewise.methods.method import Run
 from tunewise.methods.peft import Peft
 from tunewise.recipe import ModelSpec
-from tunewise.workload.model import load_config, load_model, locate
+from tunewise.workload.model import load_config, load_model, locate, quiet_transformers
 
 PROBE_TOKENS = 32
 """How many positions the logits are compared on."""
@@ -70,9 +72,9 @@ def save_merged(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> S
     """
     run.model.eval()
     run.documents.lengths = None  # the probe is one document
-    trained_TV = probe_logits(run.model, run.device)
+    trained_TV = probe_logits(run.model, run)
     merged = merge_adapters(run)
-    difference = relative_difference(probe_logits(merged, run.device), trained_TV)
+    difference = relative_difference(probe_logits(merged, run), trained_TV)
     tolerance = MERGE_TOLERANCE[run.storage_dtype]
     if difference > tolerance:
         raise VerificationError(
@@ -82,12 +84,16 @@ def save_merged(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> S
 
 
 @torch.no_grad()
-def probe_logits(model: nn.Module, device: torch.device) -> Tensor:
-    """Return fp32 logits (T, V) of fixed pseudo-random tokens; equal models give equal logits."""
+def probe_logits(model: nn.Module, run: Run) -> Tensor:
+    """Return fp32 logits (T, V) of fixed pseudo-random tokens; equal models give equal logits.
+
+    `model` is the run's, or one made of it; it computes in the run's precision.
+    """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
-    ids_RL = torch.randint(0, config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
-    logits: Tensor = model(input_ids=ids_RL, use_cache=False).logits
+    ids_RL = torch.randint(0, config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(run.device)
+    with autocast(run):
+        logits: Tensor = model(input_ids=ids_RL, use_cache=False).logits
     return logits[0, -PROBE_TOKENS:].float().cpu()
 
 
@@ -113,12 +119,12 @@ def _save_verified(folder: Path, kind: str, save: Callable[[Path], float]) -> Sa
 
 def _save_lora(run: Run, lora: LoRA, tokenizer: PreTrainedTokenizerBase, place: Path) -> float:
     save_adapter(run.model, lora, place, locate(run.recipe.model.name))
-    tokenizer.save_pretrained(place)
+    _save_tokenizer(tokenizer, place)
     layers = lora_layers(run.model).values()
     if not any(bool(layer.lora_B.weight.any()) for layer in layers):
         raise VerificationError("Every lora_B is zero: the adapter has learnt nothing (is the learning rate zero?).")
     trained = {name: parameter.detach().clone() for name, parameter in run.trainable()}
-    before_TV = probe_logits(run.model, run.device)
+    before_TV = probe_logits(run.model, run)
     if lora.init == "pissa":  # written as a LoRA of twice the rank, so it does not fit into these layers
         return _compare_tensors(place)
     with torch.no_grad():
@@ -127,7 +133,7 @@ def _save_lora(run: Run, lora: LoRA, tokenizer: PreTrainedTokenizerBase, place: 
     try:
         load_adapter(run.model, place)
         differing = [name for name, parameter in run.trainable() if not torch.equal(parameter, trained[name])]
-        difference = relative_difference(probe_logits(run.model, run.device), before_TV)
+        difference = relative_difference(probe_logits(run.model, run), before_TV)
     finally:
         with torch.no_grad():
             for name, parameter in run.trainable():
@@ -137,6 +143,15 @@ def _save_lora(run: Run, lora: LoRA, tokenizer: PreTrainedTokenizerBase, place: 
             f"The saved adapter differs from the trained one, first in {(differing or ['logits'])[0]}."
         )
     return difference
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    try:
+        tokenizer.save_pretrained(place)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(errno.ENOSPC, str(error)) from error  # tokenizers 0.22 raises a bare Exception on a full disk
 
 
 def _save_peft(run: Run, place: Path) -> float:
@@ -159,20 +174,25 @@ def _compare_tensors(place: Path) -> float:
 
 
 def _save_model(run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, place: Path) -> float:
+    """Save a whole model in one dtype: that of its most precise weights, so that nothing trained is rounded."""
     assert isinstance(model, PreTrainedModel)
-    before_TV = probe_logits(model, run.device)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    if len(dtypes) > 1:
+        model.to(dtype)
+    before_TV = probe_logits(model, run)
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the run's own attention means nothing to who loads the model
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    with quiet_transformers(str(place.parent)):
+        model.save_pretrained(place)
+    _save_tokenizer(tokenizer, place)
     model.set_attn_implementation(implementation)
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     spec = ModelSpec(name=str(place.resolve()), trust_remote_code=run.recipe.model.trust_remote_code)
     again = load_model(spec, load_config(spec), dtype, seed=0).to(run.device).eval()
     again.set_attn_implementation("eager")
     model.set_attn_implementation("eager")
-    eager_TV = probe_logits(model, run.device)
-    difference = relative_difference(probe_logits(again, run.device), eager_TV)
+    eager_TV = probe_logits(model, run)
+    difference = relative_difference(probe_logits(again, run), eager_TV)
     model.set_attn_implementation(implementation)
     if difference > 0.0:
         raise VerificationError(

@@ -5,7 +5,6 @@ A quantized base is merged into what its packed weights stand for (that is what 
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from tunewise.errors import InputError, MissingBackend
@@ -24,13 +23,12 @@ def merge_adapters(run: Run) -> nn.Module:
     peft_method = run.recipe.get(Peft)
     if peft_method is not None:
         return _merge_peft(run, peft_method)
-    dense = torch.float32 if run.device.type == "cpu" and run.storage_dtype == torch.float16 else run.storage_dtype
     for name, module in list(run.model.named_modules()):
         if isinstance(module, LoRALinear):
-            run.model.set_submodule(name, module.merge(dense))
+            run.model.set_submodule(name, module.merge(run.storage_dtype))
     for name, module in list(run.model.named_modules()):
         if isinstance(module, PackedLinear):
-            run.model.set_submodule(name, module.to_dense(dense))
+            run.model.set_submodule(name, module.to_dense(run.storage_dtype))
     run.model.config.quantization_config = None  # type: ignore[union-attr]
     return run.model
 

@@ -222,9 +222,7 @@ def _check(
 ) -> None:
     if kwargs.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
         raise Conflict("Attention per document is causal, and this model's is not. Use attention: sdpa.")
-    unknown = sorted(
-        name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT
-    )
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
     if unknown:
         raise Conflict(
             f"Attention per document does not know the argument '{unknown[0]}' that {type(module).__name__} "
@@ -251,14 +249,11 @@ def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
     return visible_LL if window is None else visible_LL.triu(1 - window)
 
 
-def _bucketed(
-    plan: _Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor
-) -> Tensor:
+def _bucketed(plan: _Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor) -> Tensor:
     rows, heads, width, _ = query_RHLD.shape
     sizes = [count * length for count, length in plan.buckets]
     gathered = [
-        _flat(part).index_select(0, plan.gather_index).split(sizes)
-        for part in (query_RHLD, key_RHLD, value_RHLD)
+        _flat(part).index_select(0, plan.gather_index).split(sizes) for part in (query_RHLD, key_RHLD, value_RHLD)
     ]
     outputs = []
     for (count, length), *parts in zip(plan.buckets, *gathered, strict=True):
@@ -271,9 +266,7 @@ def _bucketed(
     return output_THD.view(rows, width, *output_THD.shape[1:])
 
 
-def _varlen(
-    plan: _Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor
-) -> Tensor:
+def _varlen(plan: _Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor) -> Tensor:
     rows, heads, width, _ = query_RHLD.shape
     is_cut = options.window is not None and plan.longest > options.window
     output_THD = varlen_attn(
@@ -301,9 +294,7 @@ def _make_plan(lengths: Sequence[Sequence[int]], width: int, device: torch.devic
     pieces: list[int] = []
     for row, row_lengths in enumerate(lengths):
         starts = accumulate(row_lengths, initial=row * width)
-        documents += [
-            (length, start) for length, start in zip(row_lengths, starts, strict=False) if length > 0
-        ]
+        documents += [(length, start) for length, start in zip(row_lengths, starts, strict=False) if length > 0]
         pieces += [length for length in (*row_lengths, width - sum(row_lengths)) if length > 0]
     buckets = _buckets(sorted(documents, reverse=True))
     num_slots = sum(len(bucket) * bucket[0][0] for bucket in buckets)

@@ -51,9 +51,7 @@ class CausalHead:
         base = base_model_of(model)
         output = base.get_output_embeddings()
         if output is None or base.base_model is base:
-            raise Conflict(
-                f"{type(base).__name__} cannot be split into decoder and head. Use loss: whole_loss."
-            )
+            raise Conflict(f"{type(base).__name__} cannot be split into decoder and head. Use loss: whole_loss.")
         config = base.config.get_text_config()
         scale = 1.0
         if config.model_type.startswith("cohere"):
@@ -99,9 +97,7 @@ class CausalHead:
         try:
             hidden_RLD = self.hidden(model, input_ids_RL, position_ids_RL)
             ours = self.logits(hidden_RLD[0]).float()
-            theirs = (
-                base(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False).logits[0].float()
-            )
+            theirs = base(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False).logits[0].float()
         finally:
             model.train(was_training)
         tolerance = 1e-5 if hidden_RLD.dtype in (torch.float32, torch.float64) else 2e-2

@@ -110,9 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden_TD.new_zeros((), dtype=wide)
         hidden_grad = torch.empty_like(hidden_TD) if needs_hidden else None
         weight_grad = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype)) if needs_weight else None
-        bias_grad = (
-            torch.zeros_like(bias_V, dtype=_wide(bias_V.dtype)) if needs_bias and bias_V is not None else None
-        )
+        bias_grad = torch.zeros_like(bias_V, dtype=_wide(bias_V.dtype)) if needs_bias and bias_V is not None else None
         with torch.autocast(device_type, enabled=False):
             weight = weight_VD.to(compute)
             bias = None if bias_V is None else bias_V.to(compute)

@@ -60,9 +60,7 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
-def adamw_8bit(
-    groups: Any, betas: tuple[float, float], eps: float, *, is_paged: bool = False
-) -> torch.optim.Optimizer:
+def adamw_8bit(groups: Any, betas: tuple[float, float], eps: float, *, is_paged: bool = False) -> torch.optim.Optimizer:
     """Return bitsandbytes' AdamW with block-wise 8-bit states, on CUDA or CPU.
 
     Both moments are kept as one byte a number with one fp32 scale for 256 of them (2.03 bytes a parameter

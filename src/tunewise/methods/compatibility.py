@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from tunewise.errors import Conflict
 from tunewise.recipe import Recipe, Slot
 
 SINGLE_SLOTS = (Slot.PRECISION, Slot.ATTENTION, Slot.LOSS, Slot.OPTIMIZER)
 """Slots in which a second method would undo the first."""
+
+
+def refuse_conflicts(recipe: Recipe) -> None:
+    """Raise Conflict with everything that `conflicts` finds."""
+    found = conflicts(recipe)
+    if found:
+        raise Conflict("The recipe contradicts itself:\n  " + "\n  ".join(found))
 
 
 def conflicts(recipe: Recipe) -> list[str]:

@@ -80,11 +80,12 @@ def _complete_methods(
     slots = {method.slot for method in chosen}
     if Slot.PRECISION not in slots:
         chosen.append(Precision(compute=default_compute(device)))
+    prompts = any(isinstance(method, Peft) and method.is_prompt_learning for method in chosen)
     if Slot.ATTENTION not in slots:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
-        chosen.append(Attention(kind=default_attention_kind(model_class)))
+        kind = default_attention_kind(model_class)
+        chosen.append(Attention(kind="sdpa" if prompts and kind == "per_document" else kind))
     if Slot.LOSS not in slots:
-        prompts = any(isinstance(method, Peft) and method.is_prompt_learning for method in chosen)
         chosen.append(WholeLoss() if prompts else SupervisedLoss())
     if Slot.OPTIMIZER not in slots:
         chosen.append(AdamW())

@@ -44,10 +44,7 @@ class Optimizer(Method):
                 f"{self.name}.in_backward updates before all gradients are known, so their norm cannot be "
                 "clipped; set training.max_grad_norm to null"
             )
-        is_split = (
-            None not in (batch.documents, batch.micro_batch_size)
-            and batch.documents != batch.micro_batch_size
-        )
+        is_split = None not in (batch.documents, batch.micro_batch_size) and batch.documents != batch.micro_batch_size
         if (batch.gradient_accumulation_steps or 1) > 1 or (is_split and not recipe.in_slot(Slot.DATA)):
             return (
                 f"{self.name}.in_backward keeps no gradients, so they cannot be accumulated; set "
@@ -142,9 +139,7 @@ class Adam(_AdamLike):
 
     def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
         """Return torch's Adam."""
-        return torch.optim.Adam(
-            groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused
-        )
+        return torch.optim.Adam(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused)
 
 
 class AdamW(_AdamLike):
@@ -160,9 +155,7 @@ class AdamW(_AdamLike):
 
     def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
         """Return torch's AdamW."""
-        return torch.optim.AdamW(
-            groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused
-        )
+        return torch.optim.AdamW(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused)
 
 
 class AdamW8bit(_AdamLike):

@@ -30,7 +30,8 @@ class Packing(Method):
     Attributes:
         row_tokens: length of a row; a longer document gets a row of its own. `tunewise.methods.complete`
             fills it in.
-        pad_to: row lengths are rounded up to a multiple of this.
+        pad_to: row lengths are rounded up to a multiple of this: matrix units like it, and a kernel library keeps a
+            kernel for every length that it meets.
     """
 
     name: ClassVar[str] = "packing"
@@ -38,7 +39,7 @@ class Packing(Method):
     fidelity: ClassVar[Fidelity] = Fidelity.ROUNDING
 
     row_tokens: PositiveInt | None = None
-    pad_to: PositiveInt = 1
+    pad_to: PositiveInt = 64
 
     def conflict(self, recipe: Recipe) -> str | None:
         """Virtual tokens stand once in front of a row, not in front of each document."""
@@ -57,17 +58,13 @@ class Packing(Method):
             Conflict: the model carries state from one document to the next.
         """
         if self.row_tokens is None:
-            raise ValueError(
-                "packing.row_tokens is not set; pass the recipe through tunewise.methods.complete first"
-            )
+            raise ValueError("packing.row_tokens is not set; pass the recipe through tunewise.methods.complete first")
         model = base_model_of(run.model)
         config = model.config.get_text_config()
         layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
         carrying = sorted(kind for kind in set(layer_types) if any(mark in kind for mark in _STATE_MARKS))
         if carrying or config.model_type in _STATE_MODELS:
-            what = (
-                f"layers of the type '{carrying[0]}'" if carrying else f"the layers of '{config.model_type}'"
-            )
+            what = f"layers of the type '{carrying[0]}'" if carrying else f"the layers of '{config.model_type}'"
             raise Conflict(
                 f"packing: {what} in {type(model).__name__} carry state from one document of a row into the "
                 "next. Leave packing out."

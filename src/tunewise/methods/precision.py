@@ -67,17 +67,18 @@ class Precision(Method):
         return torch.float32 if self.trainable == "fp32" else self.storage_dtype
 
     def loading_dtype(self, recipe: Recipe) -> torch.dtype:
-        """Return the dtype in which to load the base model: the storage dtype, unless the base itself is
-        trained."""
-        return self.storage_dtype if recipe.in_slot(Slot.ADAPTER) else self.trainable_dtype
+        """Return the dtype in which to load the base model.
+
+        It is the storage dtype where adapters are trained; where weights of the base are, their masters must not
+        be rounded first. Modules that an adapter saves in full start from rounded weights.
+        """
+        names = {method.name for method in recipe.in_slot(Slot.ADAPTER)}
+        return self.trainable_dtype if not names or "freeze" in names else self.storage_dtype
 
     def conflict(self, recipe: Recipe) -> str | None:
         """Check what needs no device to be known."""
         if self.compute == "fp16" and self.trainable == "same":
-            return (
-                "precision: fp16 gradients of fp16 weights cannot be unscaled; use trainable: fp32, or "
-                "compute: bf16"
-            )
+            return "precision: fp16 gradients of fp16 weights cannot be unscaled; use trainable: fp32, or compute: bf16"
         if self.compute == "tf32" and recipe.device == "cpu":
             return "precision: tf32 exists on CUDA devices only; use compute: fp32 or bf16"
         return None

@@ -1,4 +1,4 @@
-"""From YAML to a `Recipe`: shorthands, methods by name, and errors that name the field and the nearest known word."""
+"""From YAML to a `Recipe` and back: shorthands, methods by name, errors that name the field and the nearest word."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         InputError: the file is not readable, or a key or value in it is wrong.
     """
     return recipe_from_mapping(with_settings(read_yaml(Path(path)), settings), str(path))
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """Write a recipe as YAML that `load_recipe` reads back to an equal one."""
+    mapping = recipe.to_mapping()
+    text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != mapping:  # PyYAML 6 writes U+0085 and its like bare, and reads them as line ends
+        text = yaml.safe_dump(mapping, sort_keys=False)
+    return text
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -159,6 +168,8 @@ def _put(target: dict[str, Any], path: list[str], value: Any, setting: str) -> N
         inner = target.get(part)
         if isinstance(inner, str) and depth == 0 and part in _SHORTHANDS:
             inner = {_SHORTHANDS[part]: inner}
+        if isinstance(inner, list) and depth == 0 and part == "methods":
+            inner = _merge_list(inner, f"--set {setting}")
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from tunewise.api import Result
 from tunewise.engine.assemble import Plan
+from tunewise.export.result import Result
 from tunewise.machine.machine import Machine
 from tunewise.units import format_bytes, format_count, format_seconds
 from tunewise.workload.corpus import Corpus
@@ -49,10 +49,10 @@ class Terminal:
         """Say what is going to be done, before weights are loaded."""
         recipe, data = plan.recipe, plan.data
         self._num_steps = plan.num_steps
-        show = self.console.print
+        show = self._line
         show(f"[bold]tunewise[/] trains [bold]{escape(recipe.model.name)}[/] on [bold]{escape(recipe.data.source)}[/]")
         for sentence in data.said:
-            show(f"  data      {escape(sentence)}", soft_wrap=True)
+            show(f"  data      {escape(sentence)}")
         show_findings(self.console, data.diagnosis.findings)
         show(f"  methods   {', '.join(method.name for method in recipe.methods or ())}")
         size = recipe.batch.documents or recipe.batch.supervised_tokens
@@ -72,8 +72,12 @@ class Terminal:
             case "note":
                 self._line(f"  note      {escape(entry['message'])}")
             case "out_of_memory":
-                rows = f"{entry['micro_batch_size']} rows of at most {entry['row_tokens'] or 'one document'}"
-                self._line(f"  [yellow]out of memory[/]: going on with {rows}; the batch of a step stays the same")
+                length = f"at most {entry['row_tokens']} tokens" if entry["row_tokens"] else "one document"
+                rows = f"{entry['micro_batch_size']} rows of {length}"
+                self._line(
+                    f"  [yellow]out of memory[/] in {entry['moment']}: going on with {rows} at once; "
+                    "what is learnt in a step stays the same"
+                )
             case "damaged_checkpoint":
                 self._line(f"  [yellow]damaged checkpoint[/]: {escape(entry['message'])}")
             case "resumed":
@@ -83,16 +87,20 @@ class Terminal:
 
     def finish(self, result: Result) -> None:
         """Say what came of the training, where it is, and how to load it."""
-        outcome, saved, show = result.outcome, result.saved, self.console.print
+        outcome, saved, show = result.outcome, result.saved, self._line
         rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
-        self._line(f"[bold green]done[/]: {outcome.reason}, {outcome.steps} steps in {format_seconds(outcome.seconds)}")
+        show(f"[bold green]done[/]: {outcome.reason}, {outcome.steps} steps in {format_seconds(outcome.seconds)}")
         if outcome.best_loss is not None and outcome.first_loss is not None:
+            restored = ", restored" if result.recipe.evaluation.keep_best else ""
             show(
                 f"  validation loss {outcome.first_loss:.4f} -> [bold]{outcome.best_loss:.4f}[/] nats per supervised "
-                f"token (best at step {outcome.best_step}, restored)"
+                f"token (best at step {outcome.best_step}{restored})"
             )
+            if outcome.best_loss >= outcome.first_loss:
+                show("  [yellow]warning[/]   the validation loss never fell below what it was before training")
         show(
-            f"  {format_count(outcome.tokens)} tokens, {rate:.0f} tokens/s, memory {format_bytes(outcome.peak_memory_bytes)}"
+            f"  {format_count(outcome.tokens)} tokens, {rate:.0f} tokens/s, "
+            f"memory {format_bytes(outcome.peak_memory_bytes)}"
         )
         show(f"  saved and read again: {escape(str(saved.folder))}")
         show(escape("\n".join("    " + line for line in how_to_load(result))))

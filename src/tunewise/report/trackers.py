@@ -5,58 +5,48 @@ Each is an observer of the same events that go to `metrics.jsonl`; none is impor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunewise.engine.assemble import Plan
 from tunewise.errors import MissingBackend
+from tunewise.recipe import Recipe
 
 LogScalars = Callable[[dict[str, float], int], None]
+LogEvent = Callable[[dict[str, Any]], None]
 
 SCALARS = {
-    "step": ("loss", "grad_norm", "learning_rate", "memory_bytes"),
-    "evaluation": ("validation_loss",),
+    "step": {name: f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "memory_bytes")},
+    "evaluation": {"validation_loss": "validation/loss"},
 }
-"""Which numbers of which event are reported."""
+"""Which numbers of which event are reported, and under which names."""
 
 
-class Trackers:
-    """Passes the numbers of a run on to every tracker that its recipe names."""
+@contextmanager
+def open_trackers(recipe: Recipe, folder: Path) -> Iterator[LogEvent]:
+    """Open the trackers that the recipe names; yield what passes the numbers of an event on to all of them.
 
-    def __init__(self) -> None:
-        self._log: list[LogScalars] = []
-        self._close: list[Callable[[], None]] = []
+    Raises:
+        MissingBackend: one that the recipe names is not installed.
+    """
+    with ExitStack() as stack:
+        logs = []
+        for name in recipe.report_to:
+            log, close = _OPEN[name](recipe, folder)
+            stack.callback(close)
+            logs.append(log)
 
-    def announce(self, plan: Plan, folder: Path) -> None:
-        """Open the trackers of this run.
-
-        Raises:
-            MissingBackend: one that the recipe names is not installed.
-        """
-        for name in plan.recipe.report_to:
-            log, close = _OPEN[name](plan, folder)
-            self._log.append(log)
-            self._close.append(close)
-
-    def observe(self, entry: dict[str, Any]) -> None:
-        """Pass on the numbers of one event; the last event closes the trackers."""
-        names = SCALARS.get(entry["event"], ())
-        if names:
-            scalars = {f"train/{name}": float(entry[name]) for name in names}
-            for log in self._log:
+        def log_event(entry: dict[str, Any]) -> None:
+            names = SCALARS.get(entry["event"], {})
+            scalars = {shown: float(entry[name]) for name, shown in names.items() if entry[name] is not None}
+            for log in logs if scalars else ():
                 log(scalars, int(entry["step"]))
-        if entry["event"] == "finished":
-            self.close()
 
-    def close(self) -> None:
-        """Close every tracker; a second call does nothing."""
-        for close in self._close:
-            close()
-        self._log, self._close = [], []
+        yield log_event
 
 
-def _open_tensorboard(plan: Plan, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
+def _open_tensorboard(recipe: Recipe, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -70,35 +60,35 @@ def _open_tensorboard(plan: Plan, folder: Path) -> tuple[LogScalars, Callable[[]
     return log, writer.close
 
 
-def _open_wandb(plan: Plan, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
+def _open_wandb(recipe: Recipe, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
     try:
         import wandb
     except ImportError:
         raise MissingBackend("wandb", "report_to: wandb", "wandb") from None
-    run = wandb.init(project="tunewise", name=folder.name, dir=str(folder), config=plan.recipe.to_mapping())
+    run = wandb.init(project="tunewise", name=folder.name, dir=str(folder), config=recipe.to_mapping())
     return lambda scalars, step: run.log(scalars, step=step), run.finish
 
 
-def _open_mlflow(plan: Plan, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
+def _open_mlflow(recipe: Recipe, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
     try:
         import mlflow
     except ImportError:
         raise MissingBackend("mlflow", "report_to: mlflow", "mlflow") from None
     mlflow.start_run(run_name=folder.name)
-    mlflow.log_dict(plan.recipe.to_mapping(), "recipe.json")
+    mlflow.log_dict(recipe.to_mapping(), "recipe.json")
     return lambda scalars, step: mlflow.log_metrics(scalars, step=step), mlflow.end_run
 
 
-def _open_trackio(plan: Plan, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
+def _open_trackio(recipe: Recipe, folder: Path) -> tuple[LogScalars, Callable[[], None]]:
     try:
         import trackio
     except ImportError:
         raise MissingBackend("trackio", "report_to: trackio", "trackio") from None
-    trackio.init(project="tunewise", name=folder.name, config=plan.recipe.to_mapping())
-    return lambda scalars, step: trackio.log({**scalars, "step": step}), trackio.finish
+    trackio.init(project="tunewise", name=folder.name, config=recipe.to_mapping())
+    return lambda scalars, step: trackio.log(scalars, step=step), trackio.finish
 
 
-_OPEN: dict[str, Callable[[Plan, Path], tuple[LogScalars, Callable[[], None]]]] = {
+_OPEN: dict[str, Callable[[Recipe, Path], tuple[LogScalars, Callable[[], None]]]] = {
     "tensorboard": _open_tensorboard,
     "wandb": _open_wandb,
     "mlflow": _open_mlflow,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -72,6 +72,11 @@ class ChatRenderer:
             else:
                 text = self._text(turns, tools)
                 spans, events = self._turn_by_turn(conversation.messages, turns, tools, text)
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}. Mend the model folder's "
+                "chat_template.jinja (or tokenizer_config.json), or name another one as model.chat_template."
+            ) from None
         except TemplateError as error:
             raise InputError(
                 f"{conversation.origin}: the chat template refuses this conversation: {error}. "

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from tunewise.errors import InputError
 from tunewise.recipe import ModelSpec
@@ -28,8 +32,11 @@ from tunewise.recipe import ModelSpec
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "embedded"
 """The small base model that the package brings along; `model: embedded`."""
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError)
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises for a folder that it cannot read, all of it the user's to mend."""
+
+_UNUSED_IS_DECODER = {"gpt_neox", "gpt_neox_japanese"}
+"""Causal models whose configuration says `is_decoder: false` and which never read it (transformers 5.23)."""
 
 
 def locate(name: str) -> str:
@@ -41,6 +48,12 @@ def locate(name: str) -> str:
     if name == "embedded":
         return str(EMBEDDED_FOLDER)
     path = Path(name).expanduser()
+    try:
+        path.stat()
+    except PermissionError:
+        raise InputError(f"model: '{name}' may not be read; check its permissions.") from None
+    except OSError:
+        pass  # no path, perhaps a hub id
     if path.is_dir():
         return str(path)
     if path.is_file():
@@ -66,11 +79,22 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     if file.is_file():
         _check_json_object(file)
     try:
-        config = AutoConfig.from_pretrained(place, **_source_options(spec, place))
+        with quiet_transformers(place):
+            config = AutoConfig.from_pretrained(place, **_source_options(spec, place))
     except _LOADING_ERRORS as error:
-        raise InputError(f"model: cannot read the configuration of '{spec.name}': {_first_line(error)}") from error
+        code = "trust_remote_code" in str(error)
+        advice = " If you trust its code, set model.trust_remote_code to true." if code else ""
+        raise InputError(
+            f"model: cannot read the configuration of '{spec.name}': {_first_line(error)}{advice}"
+        ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise InputError(f"model: '{spec.name}' is of type '{config.model_type}', which is no causal language model.")
+    is_encoder = getattr(config, "is_decoder", True) is False and config.model_type not in _UNUSED_IS_DECODER
+    if is_encoder or config.is_encoder_decoder:
+        raise InputError(
+            f"model: '{spec.name}' is of type '{config.model_type}', an encoder whose tokens see the ones after them, "
+            "so it cannot learn to continue a text. Choose a causal language model."
+        )
     return cast(PretrainedConfig, config)
 
 
@@ -87,7 +111,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")) and not any(Path(place).glob("vocab*")):
         raise InputError(f"model.tokenizer: the folder '{place}' holds no tokenizer; name one as model.tokenizer.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **_source_options(spec, place))
+        with quiet_transformers(place):
+            tokenizer = AutoTokenizer.from_pretrained(place, **_source_options(spec, place))
     except Exception as error:
         raise InputError(f"model.tokenizer: cannot read the tokenizer of '{name}': {_first_line(error)}") from error
     if spec.chat_template is not None:
@@ -112,14 +137,16 @@ def load_model(spec: ModelSpec, config: PretrainedConfig, dtype: torch.dtype, se
     if Path(place).is_dir():
         _check_weight_files(Path(place), spec.allow_pickle)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            place,
-            config=config,
-            dtype=dtype,
-            use_safetensors=None if spec.allow_pickle else True,
-            output_loading_info=True,
-            **_source_options(spec, place),
-        )
+        with quiet_transformers(place):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                place,
+                config=config,
+                dtype=dtype,
+                use_safetensors=None if spec.allow_pickle else True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **_source_options(spec, place),
+            )
     except _LOADING_ERRORS as error:
         raise InputError(f"model: cannot load the weights of '{spec.name}': {_first_line(error)}") from error
     missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
@@ -128,6 +155,24 @@ def load_model(spec: ModelSpec, config: PretrainedConfig, dtype: torch.dtype, se
         shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
         raise InputError(f"model: {len(names)} weights of '{spec.name}' {kind}: {shown}. The checkpoint is incomplete.")
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def quiet_transformers(place: str) -> Iterator[None]:
+    """Keep transformers' reports off the screen, and its progress bars unless something is downloaded to `place`.
+
+    What matters of a report becomes an error here.
+    """
+    level, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if Path(place).exists():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -189,7 +234,16 @@ def _check_json_object(file: Path) -> None:
 
 
 def _check_weight_files(folder: Path, allow_pickle: bool) -> None:
-    if any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # opening reads the header and compares it with the file's size
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"model: {file} is damaged, incomplete or no safetensors file ({error}). Get it again."
+            ) from None
+    if files:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             _check_shards(folder, index)
@@ -226,5 +280,5 @@ def _read_template(template: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -58,9 +58,7 @@ def default_max_length(context_length: int) -> int:
 def resolved_too_long(recipe: Recipe) -> TooLong:
     """Return what happens to long documents: what the user wrote, else windows where every token is
     learnt."""
-    if "too_long" not in recipe.data.model_fields_set and recipe.objective != "sft":
-        return "split"
-    return recipe.data.too_long
+    return recipe.data.too_long or ("cut" if recipe.objective == "sft" else "split")
 
 
 def prepare(

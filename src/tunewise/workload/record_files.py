@@ -123,7 +123,7 @@ def _json_lines(path: Path, name: str) -> Iterator[Record]:
             continue
         found = True
         try:
-            value = json.loads(line.rstrip())
+            value = json.loads(line.rstrip(), object_pairs_hook=_unrepeated)
         except (json.JSONDecodeError, RecursionError) as error:
             column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
@@ -133,9 +133,24 @@ def _json_lines(path: Path, name: str) -> Iterator[Record]:
                 else ""
             )
             raise InputError(f"{path}:{number}{column}: the line is not JSON: {reason}.{hint}") from None
+        except _RepeatedField as error:
+            raise InputError(f"{path}:{number}: {error}") from None
         yield Record(_object(value, f"{path}:{number}", number == 1), f"{name}:{number}")
     if not found:
         raise InputError(f"{path}: the file has only blank lines.")
+
+
+class _RepeatedField(Exception):
+    """A JSON object has a field twice, of which Python would keep the last one without a word."""
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedField(f"the record has the field '{twice}' twice. Keep one of them.")
+    return fields
 
 
 def _object(value: Any, place: str, is_first: bool = False) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def _json(path: Path, name: str) -> Iterator[Record]:
 
 def _array_items(text: str, path: Path, name: str) -> Iterator[Record]:
     """Yield the objects of an array one after another, so that only one exists at a time."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_unrepeated)
     position, index = _skip_blanks(text, text.index("[") + 1), 0
     if text[position : position + 1] == "]":
         raise InputError(f"{path}: the array is empty.")
@@ -199,6 +214,8 @@ def _array_items(text: str, path: Path, name: str) -> Iterator[Record]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise _broken_json(path, error, f"[{index}]") from None
+        except _RepeatedField as error:
+            raise InputError(f"{path}[{index}]: {error}") from None
         except RecursionError:
             raise InputError(f"{path}[{index}]: nested too deeply to be a record.") from None
         yield Record(_object(value, f"{path}[{index}]"), f"{name}[{index}]")

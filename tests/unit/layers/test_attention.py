@@ -69,9 +69,7 @@ def test_packed_documents_match_each_alone(groups: int, window: int | None, soft
         weighted = torch.stack([(document * weight[:, : document.shape[1]]).sum() for document in documents])
         return torch.autograd.grad(weighted.sum(), parts)
 
-    for our_gradient, their_gradient in zip(
-        gradients(documents_of(output)), gradients(expected), strict=True
-    ):
+    for our_gradient, their_gradient in zip(gradients(documents_of(output)), gradients(expected), strict=True):
         torch.testing.assert_close(our_gradient, their_gradient, rtol=tolerance, atol=tolerance)
 
 
@@ -90,9 +88,7 @@ def test_padding_is_zero_and_has_no_gradient() -> None:
 def test_one_document_a_row_is_one_causal_attention() -> None:
     parts = queries(4, 2)
     query, key, value = parts
-    whole = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=True
-    )
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     expected = whole.transpose(1, 2)
     for lengths in (None, ((47,), (20,), (1,), (33,))):
         output, _ = per_document_attention(DocumentLayout(lengths=lengths))(nn.Module(), *parts, None)
@@ -168,9 +164,7 @@ def test_mask_for_models_that_make_none() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 5])
 def test_varlen_kernel_matches_buckets(window: int | None) -> None:
-    parts = [
-        part.detach().cuda().bfloat16().requires_grad_() for part in queries(4, 2, torch.float32, size=64)
-    ]
+    parts = [part.detach().cuda().bfloat16().requires_grad_() for part in queries(4, 2, torch.float32, size=64)]
     results = []
     for use_varlen in (True, False):
         attend = per_document_attention(DocumentLayout(lengths=ROWS), use_varlen)

@@ -45,9 +45,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, bias: bool) -> Non
                 numbers[place] = value
                 ends.append(loss().item())
             numbers[place] = present
-            assert gradient.flatten()[place].item() == pytest.approx(
-                (ends[0] - ends[1]) / (2 * step), abs=1e-7
-            )
+            assert gradient.flatten()[place].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -82,9 +80,7 @@ def test_every_architecture(architecture: str, trained: str) -> None:
         parameter.requires_grad_(trained == "all" or (parameter is weight) == (trained == "head"))
 
     def whole() -> Tensor:
-        logits = model(
-            input_ids=batch.input_ids_RL, position_ids=batch.position_ids_RL, use_cache=False
-        ).logits
+        logits = model(input_ids=batch.input_ids_RL, position_ids=batch.position_ids_RL, use_cache=False).logits
         return whole_loss(logits, batch.labels_RL)
 
     def supervised() -> Tensor:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from tunewise.layers.optimizers import Lion, adamw_8bit
 
 
-def groups(
-    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, decay: float = 0.0
-) -> list[dict[str, Any]]:
+def groups(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, decay: float = 0.0) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
     return [{"params": parameters, "lr": 1e-3, "weight_decay": decay, "learning_rate_factor": 1.0}]

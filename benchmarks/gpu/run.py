@@ -1,0 +1,255 @@
+"""What only a GPU can tell, in stages of under nine minutes each: right? as small as predicted? how fast?
+
+    python benchmarks/gpu/run.py --stage correctness --out results/
+    python benchmarks/gpu/run.py --stage memory --out results/
+    python benchmarks/gpu/run.py --stage speed --out results/
+
+`correctness`: loss and gradients of every method and pair of the laws on the device, in fp32, against plain eager
+attention on the same device. `memory`: the dry run's peak against `max_memory_allocated` and `max_memory_reserved`.
+`speed`: tokens/s and the share of the measured bf16 matmul ceiling, for LoRA, QLoRA and full fine-tuning of true shapes
+with random weights. Each stage writes `STAGE.json` with versions and date. `--device cpu --tiny` runs all of it on small
+shapes where there is no GPU, to try the script; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.laws.test_same_gradients import (  # noqa: E402 - the laws are where the cases are
+    COMBINATIONS,
+    PROBLEMS,
+    SAME,
+    loss_and_gradients,
+    make_run,
+)
+from tunewise.engine.build import build  # noqa: E402
+from tunewise.engine.device_profile import CPU, CUDA, CUDA_HOPPER  # noqa: E402
+from tunewise.engine.dry_run import BatchShape, dry_run  # noqa: E402
+from tunewise.engine.run_folder import versions  # noqa: E402
+from tunewise.engine.step import (  # noqa: E402
+    clipped_norm,
+    gradients,
+    parameter_groups,
+    set_learning_rate,
+    update,
+)
+from tunewise.errors import TunewiseError  # noqa: E402
+from tunewise.machine.probe import measure_machine  # noqa: E402
+from tunewise.methods import complete  # noqa: E402
+from tunewise.methods.method import Run  # noqa: E402
+from tunewise.methods.precision import Precision  # noqa: E402
+from tunewise.methods.reading import recipe_from_mapping  # noqa: E402
+from tunewise.recipe import Recipe  # noqa: E402
+from tunewise.workload.model import random_model  # noqa: E402
+
+SHAPES: dict[str, dict[str, int]] = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+VOCAB_SIZE = {"tiny": 1024}
+LORA, QLORA = {"lora": {"rank": 16}}, {"lora": {"rank": 16}, "quantize": {"kind": "nf4"}}
+KINDS: dict[str, dict[str, Any]] = {"lora": LORA, "qlora": QLORA, "full": {}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"checkpointing": {}},
+    "every 2nd": {"checkpointing": {"every": 2}},
+    "selective": {"checkpointing": {"policy": "selective"}},
+    "whole loss": {"whole_loss": {}},
+}
+
+
+def config_of(shape: str) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE.get(shape, 128256),
+        num_key_value_heads=4 if shape == "tiny" else 8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=shape != "8B",
+        **SHAPES[shape],
+    )
+
+
+def recipe_of(shape: str, kind: str, variant: str, device: torch.device) -> Recipe:
+    methods = {**KINDS[kind], **VARIANTS[variant], "packing": {"row_tokens": 4096}, "precision": {"compute": "bf16"}}
+    if kind == "full":
+        methods["precision"] = {"compute": "bf16", "trainable": "same"}
+    mapping = {
+        "model": {"name": shape, "weights": "random"},
+        "data": "made",
+        "methods": methods,
+        "batch": {"documents": 64, "micro_batch_size": 1},
+        "training": {"learning_rate": 1e-4},
+        "device": device.type,
+    }
+    return complete(recipe_from_mapping(mapping), config_of(shape), device)
+
+
+def batch_of(tokens: int) -> BatchShape:
+    """One packed row of uneven documents."""
+    lengths, left = [], tokens
+    for share in (0.31, 0.07, 0.19, 0.03, 0.22, 0.11):
+        lengths.append(int(tokens * share))
+        left -= lengths[-1]
+    return BatchShape(((*lengths, left),), num_supervised=tokens // 2)
+
+
+def build_run(recipe: Recipe, shape: str, device: torch.device) -> Run:
+    precision = recipe.get(Precision)
+    assert precision is not None
+    with torch.device(device):
+        model = random_model(config_of(shape), precision.loading_dtype(recipe), seed=0)
+    return build(recipe, model, device)
+
+
+def one_step(run: Run, optimizer: torch.optim.Optimizer, shape: BatchShape) -> None:
+    scaler = torch.amp.GradScaler(run.device.type, enabled=False)
+    batch = shape.build()
+    batch.labels_RL.fill_(-100)
+    batch.labels_RL.view(-1)[: 2 * shape.num_supervised : 2] = 1
+    set_learning_rate(optimizer, 1e-4)
+    gradients(run, [batch], shape.num_supervised, scaler)
+    clipped_norm(run, optimizer, scaler)
+    update(optimizer, scaler)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def correctness(device: torch.device, is_tiny: bool) -> dict[str, Any]:
+    """Every method alone and in pairs against the plain run on the same device."""
+    rows = []
+    for problem in list(PROBLEMS)[: 2 if is_tiny else None]:
+        reference = loss_and_gradients(make_run(PROBLEMS[problem], 7, device=device))
+        for combination in COMBINATIONS[: 3 if is_tiny else None]:
+            methods = (*PROBLEMS[problem], *(SAME[name] for name in combination))
+            loss, found = loss_and_gradients(make_run(methods, 2, device=device))
+            scale = max(float(gradient.norm()) for gradient in reference[1].values())
+            worst = max(
+                float((found[name] - gradient).norm()) / max(float(gradient.norm()), 1e-3 * scale)
+                for name, gradient in reference[1].items()
+            )
+            loss_error = abs(loss / reference[0] - 1)
+            rows.append({"case": f"{problem}: {'+'.join(combination)}", "loss": loss_error, "gradient": worst})
+    failed = [row for row in rows if max(row["loss"], row["gradient"]) > 1e-4]
+    return {"summary": {"cases": len(rows), "failed": len(failed)}, "failed": failed, "rows": rows}
+
+
+def memory(device: torch.device, is_tiny: bool) -> dict[str, Any]:
+    """The dry run's peak against what the device's allocator counted."""
+    profile = CPU
+    if device.type == "cuda":
+        profile = CUDA_HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else CUDA
+    rows, left_out = [], []
+    for shape in ("tiny",) if is_tiny else ("1B", "3B", "8B"):
+        for kind in KINDS:
+            for variant in VARIANTS:
+                for tokens in (512,) if is_tiny else (2048, 4096):
+                    case = f"{shape} {kind} {variant} {tokens}"
+                    try:
+                        rows.append({"case": case, **_memory_row(shape, kind, variant, tokens, device, profile)})
+                    except (TunewiseError, torch.OutOfMemoryError) as error:
+                        left_out.append({"case": case, "why": str(error).splitlines()[0]})
+                    gc.collect()
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+    errors = [abs(row["error"]) for row in rows if row["error"] is not None]
+    summary = {"rows_used": len(rows), "rows_left_out": len(left_out)}
+    if errors:
+        summary |= {"median_error": statistics.median(errors), "worst_error": max(errors)}
+    return {"summary": summary, "rows": rows, "left_out": left_out}
+
+
+def _memory_row(
+    shape: str, kind: str, variant: str, tokens: int, device: torch.device, profile: Any
+) -> dict[str, Any]:
+    recipe, batch = recipe_of(shape, kind, variant, device), batch_of(tokens)
+    estimate = dry_run(recipe, config_of(shape), profile.kind, batch, profile=profile)
+    row: dict[str, Any] = {"predicted_bytes": estimate.peak_bytes, "error": None}
+    if device.type == "cuda":
+        run = build_run(recipe, shape, device)
+        optimizer = run.make_optimizer(parameter_groups(run))
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(2):
+            one_step(run, optimizer, batch)
+        row["allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        row["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+        row["error"] = row["predicted_bytes"] / row["allocated_bytes"] - 1
+    return row
+
+
+def speed(device: torch.device, is_tiny: bool) -> dict[str, Any]:
+    """Tokens/s, median of timed steps after warm-up, and the share of the measured matmul ceiling."""
+    machine = measure_machine(seconds=3 if is_tiny else 20, device=device.type)
+    ceiling = machine.flops_per_second["bf16"]
+    rows = []
+    for shape in ("tiny",) if is_tiny else ("1B", "8B"):
+        for kind in ("lora",) if is_tiny else ("lora", "qlora") if shape == "8B" else tuple(KINDS):
+            recipe, batch = recipe_of(shape, kind, "plain", device), batch_of(512 if is_tiny else 4096)
+            run = build_run(recipe, shape, device)
+            optimizer = run.make_optimizer(parameter_groups(run))
+            seconds = []
+            for step in range(3 if is_tiny else 13):
+                synchronize(device)
+                started = time.perf_counter()
+                one_step(run, optimizer, batch)
+                synchronize(device)
+                if step >= 2:
+                    seconds.append(time.perf_counter() - started)
+            tokens = sum(map(sum, batch.document_lengths))
+            median = statistics.median(seconds)
+            weights = sum(p.numel() for n, p in run.model.named_parameters() if "embed" not in n and p.ndim == 2)
+            passes = 6 if kind == "full" else 4  # a frozen weight has no gradient of its own
+            share = None if kind == "qlora" else passes * weights * tokens / median / ceiling
+            row = {"case": f"{shape} {kind}", "tokens_per_second": tokens / median, "share_of_ceiling": share}
+            rows.append({**row, "seconds": seconds})
+            del run, optimizer
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return {"summary": {"bf16_ceiling_flops": ceiling, "rows": len(rows)}, "rows": rows}
+
+
+STAGES = {"correctness": correctness, "memory": memory, "speed": speed}
+
+
+def main(stage: str, out: Path, device_name: str, is_tiny: bool) -> int:
+    device = torch.device(device_name)
+    started = time.perf_counter()
+    result = STAGES[stage](device, is_tiny)
+    result |= {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "is_tiny": is_tiny,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stage}.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result["summary"]))
+    return 1 if result["summary"].get("failed") else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=sorted(STAGES), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.stage, arguments.out, arguments.device, arguments.tiny))

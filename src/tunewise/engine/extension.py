@@ -1,0 +1,184 @@
+"""A deep model from two shallow ones: which blocks to trace, and how to extend what was seen to the full depth.
+
+Blocks of one kind are all alike, so at every instant of the step the bytes alive are a linear function of how many
+blocks there are, and two traces fix it. The *place* of the peak is not: with few blocks the head's logits win, with
+many the last block's recomputation. So each place of the step is extended by itself (places are counted from the first
+block and from the last one), and the peak is taken afterwards. In between, memory is linear in the block's number too,
+so it is never higher than at both ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from tunewise.engine.estimate import Peak, Trace, highest
+from tunewise.engine.tracking import Curve, Moment, Place
+from tunewise.engine.work import Work, WorkKey
+from tunewise.methods.checkpointing import Checkpointing
+from tunewise.methods.freezing import Freeze
+from tunewise.methods.lora import LoRA
+from tunewise.recipe import Method, Recipe
+
+Kept = tuple[int, ...]
+"""The numbers of the blocks of the full model that a shallow one keeps, ascending."""
+
+_FEWEST_BLOCKS = 2
+"""With a single block the first is also the last, which real models never see."""
+
+
+def shallow_depths(config: PretrainedConfig, recipe: Recipe) -> tuple[Kept, Kept] | None:
+    """Return which blocks two shallow models keep, the second one a period more; None: trace the whole model."""
+    signatures = block_signatures(config, recipe)
+    start, end, period = _longest_periodic_run(signatures)
+    rest = (end - start) % period
+    small = period * -(-_FEWEST_BLOCKS // period) + rest
+    large = small + period
+    if large >= end - start:
+        return None
+    outside = (tuple(range(start)), tuple(range(end, len(signatures))))
+    # The first blocks of the run and its last `rest` ones: as a whole period is left out, the pattern goes on unbroken.
+    first, second = ((*outside[0], *range(start, start + count), *outside[1]) for count in (small, large))
+    return first, second
+
+
+def block_signatures(config: PretrainedConfig, recipe: Recipe) -> list[tuple[Any, ...]]:
+    """Return for each block what sets it apart from others, by the configuration and by the recipe's methods."""
+    text = config.get_text_config()
+    depth = int(text.num_hidden_layers)
+    columns: list[Sequence[Any]] = [
+        value for value in text.to_dict().values() if isinstance(value, list | tuple) and len(value) == depth
+    ]
+    dense = getattr(text, "first_k_dense_replace", None)
+    if isinstance(dense, int):
+        columns.append([number < dense for number in range(depth)])
+    step, mlp_only = getattr(text, "decoder_sparse_step", None), getattr(text, "mlp_only_layers", None) or ()
+    if isinstance(step, int) and step > 0:
+        columns.append([number not in mlp_only and (number + 1) % step == 0 for number in range(depth)])
+    checkpointing, lora, freeze = (recipe.get(kind) for kind in (Checkpointing, LoRA, Freeze))
+    if isinstance(checkpointing, Checkpointing):
+        columns.append([number % checkpointing.every for number in range(depth)])
+    if isinstance(lora, LoRA) and lora.layers_to_transform is not None:
+        columns.append([number in lora.layers_to_transform for number in range(depth)])
+    if isinstance(freeze, Freeze):
+        columns += [[_may_match(pattern, number) for number in range(depth)] for pattern in freeze.train]
+    return [tuple(map(str, block)) for block in zip(*columns, strict=True)] if columns else [()] * depth
+
+
+def shallow(config: PretrainedConfig, recipe: Recipe, kept: Kept) -> tuple[PretrainedConfig, Recipe]:
+    """Return configuration and recipe of the model that has only the blocks `kept`."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = int(text.num_hidden_layers)
+    lists = {
+        name: value for name, value in vars(text).items() if isinstance(value, list | tuple) and len(value) == depth
+    }
+    text.num_hidden_layers = len(kept)
+    for name, value in lists.items():
+        setattr(text, name, [value[number] for number in kept])
+    dense = getattr(text, "first_k_dense_replace", None)
+    if isinstance(dense, int):
+        text.first_k_dense_replace = sum(number < dense for number in kept)
+    if getattr(text, "mlp_only_layers", None):
+        text.mlp_only_layers = [place for place, number in enumerate(kept) if number in text.mlp_only_layers]
+    methods = tuple(_shallow_method(method, kept) for method in recipe.methods or ())
+    return config, recipe.replace(methods=methods)
+
+
+def extend(small: Trace, large: Trace, depth: int) -> tuple[dict[Moment, Peak], dict[WorkKey, Work], tuple[int, int]]:
+    """Return (peaks, work, (trainable, total) parameters) of a model of `depth` blocks."""
+    factor = (depth - small.num_blocks) / (large.num_blocks - small.num_blocks)
+    peaks = highest(
+        (place.moment, _extend_curve(small.curves[place], large.curves[counterpart], factor))
+        for place in small.curves
+        for counterpart in _counterparts(place, small.num_blocks, large.num_blocks)
+        if counterpart in large.curves
+    )
+    zero = Work(0.0, 0.0, 0.0)
+    keys = dict.fromkeys([*small.work, *large.work])
+    work = {}
+    for key in keys:
+        pair = zip(small.work.get(key, zero), large.work.get(key, zero), strict=True)
+        work[key] = Work(*(first + (second - first) * factor for first, second in pair))
+    trainable, total = (
+        round(first + (second - first) * factor)
+        for first, second in (
+            (small.trainable_parameters, large.trainable_parameters),
+            (small.total_parameters, large.total_parameters),
+        )
+    )
+    return peaks, work, (trainable, total)
+
+
+def _counterparts(place: Place, small: int, large: int) -> tuple[Place, ...]:
+    """The same place in the deeper model: as far from the first block, and as far from the last.
+
+    The first block is like no other (the embedding's gradient), and so is the last one.
+    """
+    if place.block is None or place.block < 0:
+        return (place,)
+    from_first = (place,) if place.block < small - 1 else ()
+    from_last = (place._replace(block=place.block + large - small),) if place.block > 0 else ()
+    return from_first + from_last
+
+
+def _extend_curve(small: Curve, large: Curve, factor: float) -> Curve:
+    if len(small) != len(large):  # as many events as blocks (an optimizer's step): compare the fullest instants
+        small, large = (curve[[curve.sum(axis=1).argmax()]] for curve in (small, large))
+    return np.rint(small + (large - small) * factor).astype(np.int64)
+
+
+def _longest_periodic_run(signatures: Sequence[tuple[Any, ...]]) -> tuple[int, int, int]:
+    """Return (start, end, period) of the run that is worth most to shorten: the one with most blocks to leave out."""
+    depth = len(signatures)
+    best, most_left_out = (0, depth, max(depth, 1)), 0
+    for period in range(1, depth // 2 + 1):
+        start = 0
+        while start < depth:
+            end = min(start + period, depth)
+            while end < depth and signatures[end] == signatures[end - period]:
+                end += 1
+            left_out = end - start - 3 * period - (end - start) % period
+            if left_out > most_left_out:
+                best, most_left_out = (start, end, period), left_out
+            start = max(start + 1, end - period + 1)
+    return best
+
+
+def _number_part(pattern: str) -> int | None:
+    """Return which part of a name's pattern is about a block's number ("2[23]" in "model.layers.2[23].*"), if any."""
+    parts = enumerate(pattern.split("."))
+    return next((place for place, part in parts if re.fullmatch(r"(\d|\[[^]]*\]|\?)+\*?", part)), None)
+
+
+def _may_match(pattern: str, number: int) -> bool:
+    place = _number_part(pattern)
+    return place is None or fnmatch.fnmatchcase(str(number), pattern.split(".")[place])
+
+
+def _shallow_method(method: Method, kept: Kept) -> Method:
+    if isinstance(method, LoRA) and method.layers_to_transform is not None:
+        wanted = tuple(place for place, number in enumerate(kept) if number in method.layers_to_transform)
+        return method.model_copy(update={"layers_to_transform": wanted})
+    if isinstance(method, Freeze):
+        train = tuple(name for pattern in method.train for name in _shallow_patterns(pattern, kept))
+        return method.model_copy(update={"train": tuple(dict.fromkeys(train))})
+    return method
+
+
+def _shallow_patterns(pattern: str, kept: Kept) -> list[str]:
+    """Patterns for the shallow model's names, which match what `pattern` matches in the full one."""
+    place, parts = _number_part(pattern), pattern.split(".")
+    if place is None:
+        return [pattern]
+    return [
+        ".".join([*parts[:place], str(new), *parts[place + 1 :]])
+        for new, number in enumerate(kept)
+        if fnmatch.fnmatchcase(str(number), parts[place])
+    ]

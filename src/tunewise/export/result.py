@@ -1,0 +1,20 @@
+"""What a caller gets back from a finished training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewise.engine.train import Outcome
+from tunewise.export.finish import Saved
+from tunewise.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training: the complete recipe, what came of it, where it lies and what was saved."""
+
+    recipe: Recipe
+    outcome: Outcome
+    folder: Path
+    saved: Saved

@@ -1,0 +1,50 @@
+"""Predicted against recorded: a few rows of benchmarks/estimate/cpu.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "estimate" / "cpu.py"
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("estimate_cpu", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = _load()
+
+ROWS = [
+    ("llama", "full fp32"),
+    ("llama", "full fp32 sdpa"),
+    ("qwen3", "full mixed"),
+    ("mistral", "full fp32 packed"),
+    ("mixtral", "lora fp32"),
+    ("gemma2", "full fp32 checkpointing"),
+    ("phi3", "full fp32 adamw in backward"),
+    ("gpt2", "nf4 lora fp32"),
+    ("gpt_neox", "full fp32 selective"),
+    ("opt", "full fp32 adamw 8-bit"),
+    ("falcon", "lora fp32 checkpointing"),
+    ("olmo2", "full pure adafactor in backward"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "combination"), ROWS)
+def test_the_real_step_allocates_what_the_dry_one_says(architecture: str, combination: str) -> None:
+    case = next(case for case in benchmark.cases(0, [architecture]) if case.combination == combination)
+    row = benchmark.run_case(case)
+    assert row.left_out is None
+    assert row.predicted["step"] == pytest.approx(row.measured["step"], rel=0.01)
+    assert row.predicted["evaluation"] == pytest.approx(row.measured["evaluation"], rel=0.02)
+    assert row.predicted["save"] == pytest.approx(row.measured["save"], rel=0.01)
