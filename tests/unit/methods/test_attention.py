@@ -63,9 +63,7 @@ def test_a_leaky_packing_fails(architecture: str, leak: str) -> None:
     if leak == "no layout":
         leaky = replace(batch, document_lengths=tuple((sum(row),) for row in batch.document_lengths))
     else:
-        leaky = replace(
-            batch, position_ids_RL=torch.arange(batch.input_ids_RL.shape[1]).expand_as(batch.input_ids_RL)
-        )
+        leaky = replace(batch, position_ids_RL=torch.arange(batch.input_ids_RL.shape[1]).expand_as(batch.input_ids_RL))
     _, gradients = loss_and_gradients(run.model, loss_of(run, leaky))
     difference = largest_difference(gradients, expected[1])
     is_relative = leak == "no positions" and not has_absolute_positions(architecture)
@@ -134,12 +132,8 @@ def test_foreign_layer_types_are_refused() -> None:
 
 
 def test_default_kind() -> None:
-    kinds = {
-        architecture: default_attention_kind(type(tiny_model(architecture))) for architecture in ARCHITECTURES
-    }
-    assert {
-        architecture for architecture, kind in kinds.items() if kind != "per_document"
-    } == WITHOUT_INTERFACE
+    kinds = {architecture: default_attention_kind(type(tiny_model(architecture))) for architecture in ARCHITECTURES}
+    assert {architecture for architecture, kind in kinds.items() if kind != "per_document"} == WITHOUT_INTERFACE
     assert kinds["falcon"] == "sdpa"
 
 
@@ -149,9 +143,7 @@ def test_nothing_of_it_is_saved(tmp_path: object) -> None:
     reloaded = type(run.model).from_pretrained(str(tmp_path))  # type: ignore[attr-defined]
     assert reloaded.config._attn_implementation == "sdpa"
     ids = torch.arange(3, 20)[None] % VOCAB_SIZE
-    torch.testing.assert_close(
-        reloaded(ids).logits, run.model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(reloaded(ids).logits, run.model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_prompt_learning_conflicts() -> None:

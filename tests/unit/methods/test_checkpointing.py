@@ -67,9 +67,7 @@ def test_bit_equal_with_dropout(architecture: str, policy: Policy, kind: Attenti
     expected = seeded(plain, batch)
     torch.manual_seed(8)
     assert loss_of(plain, batch)().item() != expected[0]
-    assert_bit_equal(
-        seeded(*built(architecture, Checkpointing(policy=policy), kind=kind, **changes)), expected
-    )
+    assert_bit_equal(seeded(*built(architecture, Checkpointing(policy=policy), kind=kind, **changes)), expected)
 
 
 @pytest.mark.parametrize("policy", ["full", "selective"])

@@ -14,6 +14,7 @@ from tests.unit.built import loss_of, make_recipe, make_run
 from tests.unit.packed import loss_and_gradients, packed_batch
 from tunewise.errors import Conflict
 from tunewise.methods.attention import Attention, default_attention_kind
+from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
 from tunewise.methods.loss import SupervisedLoss, WholeLoss
 from tunewise.methods.method import Run
@@ -27,9 +28,7 @@ def built(architecture: str, precision: Precision, *methods: Method) -> Run:
     model = tiny_model(architecture)
     if methods:
         model.requires_grad_(False)
-    return make_run(
-        model, precision, Attention(kind=default_attention_kind(model)), SupervisedLoss(), *methods
-    )
+    return make_run(model, precision, Attention(kind=default_attention_kind(model)), SupervisedLoss(), *methods)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +74,7 @@ def test_modules_to_save_need_autocast() -> None:
 def test_loading_dtype_makes_no_rounded_masters() -> None:
     assert BF16.loading_dtype(make_recipe()) == torch.float32
     assert BF16.loading_dtype(make_recipe(LoRA())) == torch.bfloat16
+    assert BF16.loading_dtype(make_recipe(Freeze(train=("lm_head",)))) == torch.float32
     assert Precision(compute="bf16", trainable="same").loading_dtype(make_recipe()) == torch.bfloat16
 
 
@@ -89,9 +89,7 @@ def direction(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 @pytest.mark.parametrize(
     "precision", [BF16, Precision(compute="bf16", trainable="same"), Precision(compute="fp16")], ids=str
 )
-def test_gradients_point_the_same_way(
-    architecture: str, methods: tuple[Method, ...], precision: Precision
-) -> None:
+def test_gradients_point_the_same_way(architecture: str, methods: tuple[Method, ...], precision: Precision) -> None:
     batch, _ = packed_batch(row_tokens=None)
     expected, ours = (built(architecture, each, *methods) for each in (Precision(), precision))
     for run in (expected, ours):
