@@ -1,7 +1,7 @@
 """Write docs/methods.md from the methods themselves, so that the cards cannot go stale.
 
-    python docs/make_method_cards.py            # write
-    python docs/make_method_cards.py --check    # fail when the file differs
+python docs/make_method_cards.py            # write
+python docs/make_method_cards.py --check    # fail when the file differs
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run the quickstart and keep what it prints as a picture for the README.
 
-    python docs/make_quickstart_picture.py        # about three minutes on two cores
+python docs/make_quickstart_picture.py        # about three minutes on two cores
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 `correctness`: loss and gradients of every method and pair of the laws on the device, in fp32, against plain eager
 attention on the same device. `memory`: the dry run's peak against `max_memory_allocated` and `max_memory_reserved`.
 `speed`: tokens/s and the share of the measured bf16 matmul ceiling, for LoRA, QLoRA and full fine-tuning of true shapes
-with random weights. Each stage writes `STAGE.json` with versions and date. `--device cpu --tiny` runs all of it on small
-shapes where there is no GPU, to try the script; its numbers mean nothing.
+with random weights. Each stage writes `STAGE.json` with versions and date. `--device cpu --tiny` runs all of it on
+small shapes where there is no GPU, to try the script; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from tests.laws.test_same_gradients import (  # noqa: E402 - the laws are where 
     loss_and_gradients,
     make_run,
 )
+
 from tunewise.engine.build import build  # noqa: E402
 from tunewise.engine.device_profile import CPU, CUDA, CUDA_HOPPER  # noqa: E402
 from tunewise.engine.dry_run import BatchShape, dry_run  # noqa: E402
@@ -176,9 +177,7 @@ def memory(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     return {"summary": summary, "rows": rows, "left_out": left_out}
 
 
-def _memory_row(
-    shape: str, kind: str, variant: str, tokens: int, device: torch.device, profile: Any
-) -> dict[str, Any]:
+def _memory_row(shape: str, kind: str, variant: str, tokens: int, device: torch.device, profile: Any) -> dict[str, Any]:
     recipe, batch = recipe_of(shape, kind, variant, device), batch_of(tokens)
     estimate = dry_run(recipe, config_of(shape), profile.kind, batch, profile=profile)
     row: dict[str, Any] = {"predicted_bytes": estimate.peak_bytes, "error": None}

@@ -1,6 +1,6 @@
 """Keep a pre-trained run as the embedded model: rounded to bf16, and judged once more on the held-out source text.
 
-    python examples/embedded/keep.py runs/embedded src/tunewise/embedded
+python examples/embedded/keep.py runs/embedded src/tunewise/embedded
 """
 
 from __future__ import annotations

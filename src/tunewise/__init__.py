@@ -1,8 +1,8 @@
 """tunewise finds the cheapest way to fine-tune or train a language model well, proves it by experiment, and does it.
 
-    import tunewise
-    result = tunewise.train({"model": "embedded", "data": "stdlib"})
-    print(result.outcome.best_loss, result.saved.folder)
+import tunewise
+result = tunewise.train({"model": "embedded", "data": "stdlib"})
+print(result.outcome.best_loss, result.saved.folder)
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunewise.api import Result, export_merged, resume, train
+    from tunewise.api import export_merged, resume, train
     from tunewise.errors import Conflict, DoesNotFit, InputError, MissingBackend, TunewiseError
+    from tunewise.export.result import Result
+    from tunewise.planner.plan import Plan, plan
     from tunewise.recipe import Recipe
 
 _HOMES = {
     "train": "tunewise.api",
     "resume": "tunewise.api",
     "export_merged": "tunewise.api",
-    "Result": "tunewise.api",
+    "Result": "tunewise.export.result",
+    "plan": "tunewise.planner.plan",
+    "Plan": "tunewise.planner.plan",
     "Recipe": "tunewise.recipe",
     "TunewiseError": "tunewise.errors",
     "InputError": "tunewise.errors",
@@ -33,10 +37,12 @@ __all__ = [
     "DoesNotFit",
     "InputError",
     "MissingBackend",
+    "Plan",
     "Recipe",
     "Result",
     "TunewiseError",
     "export_merged",
+    "plan",
     "resume",
     "train",
 ]

@@ -18,6 +18,7 @@ from tunewise.export.finish import Saved, save_merged, save_result
 from tunewise.export.result import Result
 from tunewise.methods.method import Run
 from tunewise.methods.reading import load_recipe, recipe_from_mapping
+from tunewise.planner.calibration import learn_from_run
 from tunewise.recipe import Recipe
 from tunewise.report.trackers import open_trackers
 from tunewise.workload.model import model_fingerprint
@@ -55,7 +56,9 @@ def train(
         with open_trackers(plan.recipe, folder.path) as track:
             run = assemble(plan)  # before recipe.yaml is written: what fails here is no run that could be resumed
             folder.write_start(plan.recipe, _fingerprints(plan))
-            return _run(run, plan, folder, _both(track, observe), resume_it=False)
+            result = _run(run, plan, folder, _both(track, observe), resume_it=False)
+            learn_from_run(recipe.id, folder.path / "metrics.jsonl")
+            return result
     finally:
         folder.close()
 

@@ -126,8 +126,8 @@ class BatchSpec(Value):
         if self.documents is not None and self.supervised_tokens is not None:
             raise ValueError("give 'documents' or 'supervised_tokens', not both: each fixes the global batch")
         if None not in (self.documents, self.micro_batch_size, self.gradient_accumulation_steps):
-            assert self.documents and self.micro_batch_size and self.gradient_accumulation_steps
-            if self.micro_batch_size * self.gradient_accumulation_steps != self.documents:
+            product = (self.micro_batch_size or 0) * (self.gradient_accumulation_steps or 0)
+            if product != self.documents:
                 raise ValueError(
                     f"documents ({self.documents}) is not micro_batch_size ({self.micro_batch_size}) x "
                     f"gradient_accumulation_steps ({self.gradient_accumulation_steps}); leave one of the three out"

@@ -24,8 +24,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3": _LLAMA_LIKE | {"head_dim": 8},
     "mistral": _LLAMA_LIKE | {"sliding_window": 6},
     "mixtral": _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": _LLAMA_LIKE
-    | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": _LLAMA_LIKE | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
     "gemma": _LLAMA_LIKE | {"head_dim": 8},
     "gemma2": _LLAMA_LIKE
     | {

@@ -9,12 +9,15 @@ is allocated, no weight is read, and depth costs nothing: two shallow models are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -122,6 +125,8 @@ def dry_run(
         small, large = (traced(*shallow(config, recipe, kept)) for kept in depths)
         peaks, work, counts = extend(small, large, int(config.get_text_config().num_hidden_layers))
         notes = large.notes
+    if profile.kind != "cpu":
+        peaks[Moment.SAVE] = peaks[Moment.SAVE].with_copies_on_the_host()
     return Estimate(
         moments=peaks,
         workspace_bytes=profile.workspace_bytes,
@@ -143,7 +148,8 @@ def trace(
 ) -> Trace:
     """Run the step of the whole model (no extension in depth) on fake tensors and return what was seen."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # real ones: the generator's state in a checkpoint
-    with fake, _Answers(), torch.random.fork_rng(devices=[]):
+    dropout = _FusedDropout() if profile.kind == "cuda" else nullcontext()
+    with fake, _Answers(), dropout, torch.random.fork_rng(devices=[]):
         dry = _DryStep(recipe, config, profile)
         if all(len(row) == 1 for shape in batches for row in shape.document_lengths):
             use_unpacked_mask(base_model_of(dry.run.model))
@@ -168,8 +174,10 @@ class _DryStep:
             raise ValueError("the recipe is not complete; pass it through tunewise.methods.complete first")
         model = random_model(config, precision.loading_dtype(recipe), recipe.seed)
         of_the_base = list(model.parameters())  # held, so that no new parameter takes the identity of a freed one
-        # Fake tensors live on the CPU whatever the target: a torch without CUDA cannot run backward on fake CUDA ones.
-        self.run = run = build(recipe, model, torch.device("cpu"), is_dry=True)
+        self.run = run = build(recipe, model, torch.device(profile.kind), is_dry=True)
+        # Methods have chosen for the target; fake tensors live on the CPU whatever it is: a torch without CUDA cannot
+        # run backward on fake CUDA ones.
+        run.device = torch.device("cpu")
         base_ids = {id(parameter) for parameter in of_the_base}
         del of_the_base, model
         inner = base_model_of(run.model)
@@ -215,7 +223,7 @@ class _DryStep:
         self.run.model.train()
 
     def save(self) -> None:
-        """What a checkpoint holds."""
+        """What a checkpoint holds: copies in the host's memory."""
         self.tracker.enter(Place(Moment.SAVE))
         size, row_tokens = self.run.layout.micro_batch_size, self.run.layout.row_tokens
         capture(self.run, self.optimizer, self.scaler, Progress(size, row_tokens, size, row_tokens))
@@ -270,6 +278,18 @@ class _Scaler(torch.amp.GradScaler):
     ) -> Any:
         del optimizer_state
         return optimizer.step(*args, **kwargs)
+
+
+class _FusedDropout(TorchFunctionMode):
+    """Dropout as CUDA computes it: one kernel that keeps a mask of a byte, where the CPU keeps factors in full size."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.dropout and kwargs["training"] and 0.0 < kwargs["p"] < 1.0 and not kwargs["inplace"]:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
+        return func(*args, **kwargs)
 
 
 class _Answers(TorchDispatchMode):

@@ -15,7 +15,7 @@ class Peak:
 
     Attributes:
         kinds: device bytes by kind; they sum up to `total_bytes`.
-        host_bytes: memory of the host at the same moment's fullest instant (saving from a GPU), 0 on a CPU.
+        host_bytes: copies in the host's memory besides (saving from a GPU); on a CPU they are among `kinds`.
     """
 
     kinds: Mapping[Kind, int]
@@ -25,6 +25,11 @@ class Peak:
     def total_bytes(self) -> int:
         """All kinds together."""
         return sum(self.kinds.values())
+
+    def with_copies_on_the_host(self) -> Peak:
+        """Return the same peak of saving with its copies, which are temporaries, off the device."""
+        kinds = {**self.kinds, Kind.TEMPORARIES: 0}
+        return Peak(kinds, self.host_bytes + self.kinds[Kind.TEMPORARIES])
 
 
 @dataclass(frozen=True)

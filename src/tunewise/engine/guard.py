@@ -89,7 +89,8 @@ def smaller_layout(
         raise error
     reason = (str(error) or type(error).__name__).splitlines()[0]
     run, longest = training.built, int(lengths.max())
-    if run.recipe.training.oom == "stop" or run.update_in_backward:
+    is_half_done = moment == "training" and run.update_in_backward
+    if run.recipe.training.oom == "stop" or is_half_done:
         size = layout.micro_batch_size
         raise DoesNotFit(f"Out of memory in {moment} at micro_batch_size {size}: {reason}") from error
     smaller = layout.smaller(longest)

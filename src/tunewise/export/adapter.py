@@ -150,8 +150,7 @@ def _sizes(layers: dict[str, LoRALinear], use_rslora: bool) -> dict[str, Any]:
     """Return rank and alpha: the most common ones, and patterns for the layers that differ."""
     ranks = {name: layer.update_factors()[0].shape[0] for name, layer in layers.items()}
     alphas = {
-        name: layer.scale * (math.sqrt(ranks[name]) if use_rslora else ranks[name])
-        for name, layer in layers.items()
+        name: layer.scale * (math.sqrt(ranks[name]) if use_rslora else ranks[name]) for name, layer in layers.items()
     }
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
@@ -188,9 +187,7 @@ def _other_trained(model: nn.Module) -> tuple[dict[str, Tensor], list[str], str]
             tensors[f"{PREFIX}{owner}.bias"] = state["bias"]
         else:
             if owner.endswith(".base_layer"):
-                raise InputError(
-                    f"'{owner}' is trained and adapted at once; merge it and save the whole model."
-                )
+                raise InputError(f"'{owner}' is trained and adapted at once; merge it and save the whole model.")
             saved_modules.append(owner)
             tensors |= {f"{PREFIX}{owner}.{key}": value for key, value in state.items()}
     return tensors, saved_modules, bias
@@ -233,18 +230,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     for variant in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters"):
         if config.get(variant):
-            raise InputError(
-                f"{path}: '{variant}' is set, which our LoRA layer does not compute; use peft itself."
-            )
+            raise InputError(f"{path}: '{variant}' is set, which our LoRA layer does not compute; use peft itself.")
     return config
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors, their names without PEFT's prefix."""
     if not path.is_file():
-        raise InputError(
-            f"{path} is missing. (A .bin adapter is pickle and is not read; let peft convert it.)"
-        )
+        raise InputError(f"{path} is missing. (A .bin adapter is pickle and is not read; let peft convert it.)")
     try:
         with safe_open(path, framework="pt") as file:
             return {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -271,9 +264,7 @@ def _load_layer(
         layer.requires_grad_(False)
         model.set_submodule(name, layer)
     elif (layer.initial_a is not None) != is_pissa or not math.isclose(layer.scale, scale, rel_tol=1e-6):
-        raise InputError(
-            f"{folder}: alpha or the kind of initialization differ from the model's at '{name}'."
-        )
+        raise InputError(f"{folder}: alpha or the kind of initialization differ from the model's at '{name}'.")
     for parameter, tensor in ((layer.lora_A.weight, lora_a), (layer.lora_B.weight, lora_b)):
         if parameter.shape != tensor.shape:
             ours, theirs = tuple(parameter.shape), tuple(tensor.shape)
@@ -299,11 +290,7 @@ def _load_other(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> Non
         if places[name].shape != tensor.shape:
             ours, theirs = tuple(places[name].shape), tuple(tensor.shape)
             raise InputError(f"{path}: '{name}' has the shape {theirs}, in the model {ours}.")
-    tied = [
-        name
-        for name in tensors
-        if is_tied(model) and places[name] is getattr(output_head(model), "weight", None)
-    ]
+    tied = [name for name in tensors if is_tied(model) and places[name] is getattr(output_head(model), "weight", None)]
     if tied and (len(tied) != 2 or not torch.equal(tensors[tied[0]], tensors[tied[1]])):
         raise InputError(
             f"{path}: the adapter holds a '{tied[0]}' of its own, but in this model token embedding and "

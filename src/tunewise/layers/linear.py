@@ -74,9 +74,7 @@ def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a language model by name, in its order, without the output head."""
     head = output_head(model)
-    return {
-        name: module for name, module in model.named_modules() if is_linear(module) and module is not head
-    }
+    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

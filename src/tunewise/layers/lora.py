@@ -138,9 +138,7 @@ class LoRALinear(nn.Module):
 
     def _initialize_pissa(self) -> None:
         if isinstance(self.base_layer, PackedLinear) or not self.weight.is_floating_point():
-            raise InputError(
-                "init 'pissa' changes the base weight, but this one is quantized; use 'kaiming'."
-            )
+            raise InputError("init 'pissa' changes the base weight, but this one is quantized; use 'kaiming'.")
         if self.rank > min(self.in_features, self.out_features):
             raise InputError(
                 f"init 'pissa' needs a rank of at most {min(self.in_features, self.out_features)} for a "
@@ -177,9 +175,7 @@ class LoRALinear(nn.Module):
         stored = any_tensor(self.base_layer).dtype
         dtype = torch.float64 if stored == torch.float64 else torch.float32
         weight_OI = weight_of(self.base_layer, dtype)
-        return torch.addmm(
-            weight_OI, self.lora_B.weight.to(dtype), self.lora_A.weight.to(dtype), alpha=self.scale
-        )
+        return torch.addmm(weight_OI, self.lora_B.weight.to(dtype), self.lora_A.weight.to(dtype), alpha=self.scale)
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype | None = None) -> nn.Module:

@@ -97,9 +97,7 @@ class FourBitLinear(QuantizedLinear):
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def __init__(
-        self, layer: nn.Module, kind: Literal["nf4", "fp4"], block_size: int, double_quant: bool
-    ) -> None:
+    def __init__(self, layer: nn.Module, kind: Literal["nf4", "fp4"], block_size: int, double_quant: bool) -> None:
         """Pack the weight of `layer`; of a layer without values (a dry run) only the storage is made.
 
         Raises:
@@ -112,9 +110,7 @@ class FourBitLinear(QuantizedLinear):
         num_blocks = -(-weight_OI.numel() // block_size)
         packed = weight_OI.new_empty((-(-weight_OI.numel() // 2), 1), dtype=torch.uint8)
         absmax_N = weight_OI.new_empty(num_blocks, dtype=torch.uint8 if double_quant else torch.float32)
-        nested = (
-            weight_OI.new_empty(-(-num_blocks // SCALE_BLOCK), dtype=torch.float32) if double_quant else None
-        )
+        nested = weight_OI.new_empty(-(-num_blocks // SCALE_BLOCK), dtype=torch.float32) if double_quant else None
         offset = weight_OI.new_empty((), dtype=torch.float32) if double_quant else None
         if has_values(weight_OI):
             if weight_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -245,9 +241,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
     """Unpack, multiply, forget; the backward pass unpacks again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, bias: Tensor | None, layer: QuantizedLinear, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
         ctx.layer, ctx.input_dtype = layer, input.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         cast_bias = None if bias is None else bias.to(dtype)

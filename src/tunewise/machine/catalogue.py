@@ -99,9 +99,7 @@ def _amd(
     )
 
 
-def _apple(
-    name: str, label_gib: int, num_cores: int, bandwidth_gb: float, tflops: Rates, source: str
-) -> Machine:
+def _apple(name: str, label_gib: int, num_cores: int, bandwidth_gb: float, tflops: Rates, source: str) -> Machine:
     return Machine(
         name=name,
         kind="mps",
@@ -133,9 +131,7 @@ def _links(nvlink_gb: float | None, pcie_gb: float) -> Interconnect:
     return Interconnect(nvlink_bytes_per_second=nvlink, pcie_bytes_per_second=pcie_gb * 1e9)
 
 
-def _tensor(
-    fp32: float, half: float, *, tf32: float | None = None, fp8: float | None = None, int8: float
-) -> Rates:
+def _tensor(fp32: float, half: float, *, tf32: float | None = None, fp8: float | None = None, int8: float) -> Rates:
     """TFLOP/s of Ampere and later: bf16 and fp16 run alike, tf32 at half their rate."""
     tf32 = half / 2 if tf32 is None else tf32
     rates = {"fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half, "int8": int8}
@@ -291,8 +287,7 @@ def find(name: str) -> Machine:
         likeness = [difflib.SequenceMatcher(None, core, other).ratio() for _, other, _, _ in entries]
         nearest = CATALOGUE[likeness.index(max(likeness))].name
         raise InputError(
-            f"The catalogue has no machine '{name}'. The nearest is '{nearest}'; "
-            "'tunewise machine --list' shows all."
+            f"The catalogue has no machine '{name}'. The nearest is '{nearest}'; 'tunewise machine --list' shows all."
         )
     wanted = form or ("sxm" if any(other_form == "sxm" for _, other_form in named) else None)
     fitting = [

@@ -105,9 +105,7 @@ class Machine(Value):
             InputError: this machine does not multiply in `dtype`.
         """
         if dtype not in self.flops_per_second:
-            raise InputError(
-                f"{self.name} has no known rate for {dtype}; known: {', '.join(self.flops_per_second)}."
-            )
+            raise InputError(f"{self.name} has no known rate for {dtype}; known: {', '.join(self.flops_per_second)}.")
         return self.flops_per_second[dtype]
 
     def achievable_flops(self, dtype: Dtype) -> float:

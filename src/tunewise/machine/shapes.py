@@ -181,9 +181,7 @@ def _about_intensity(shapes: LayerShapes, machine: Machine, dtype: Dtype, tokens
             f"batch (ridge {ridge:.0f} FLOP/B)"
         )
         hidden = shapes.hidden_size
-        found.append(
-            Advice(rule="intensity", about="hidden_size", value=hidden, better=None, sentence=sentence)
-        )
+        found.append(Advice(rule="intensity", about="hidden_size", value=hidden, better=None, sentence=sentence))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Which wishes of a recipe contradict each other: every method is asked, and each slot that holds only one is checked."""
+"""Which wishes of a recipe contradict each other: every method is asked, each slot that holds only one is checked."""
 
 from __future__ import annotations
 

@@ -46,9 +46,7 @@ class Freeze(Method):
             Conflict: a pattern names a quantized weight, which cannot be trained.
         """
         parameters = dict(run.model.named_parameters(remove_duplicate=False))
-        packed = [
-            f"{name}.weight" for name, module in run.model.named_modules() if isinstance(module, PackedLinear)
-        ]
+        packed = [f"{name}.weight" for name, module in run.model.named_modules() if isinstance(module, PackedLinear)]
         for pattern in self.train:
             matched = [name for name in parameters if fnmatch.fnmatchcase(name, pattern)]
             quantized = fnmatch.filter(packed, pattern)

@@ -81,9 +81,7 @@ class LoRA(Method):
     def conflict(self, recipe: Recipe) -> str | None:
         """PiSSA writes into the base weight, which quantization has packed away."""
         if self.init == "pissa" and recipe.get(Quantize) is not None:
-            return (
-                "lora's init 'pissa' changes the base weights, but 'quantize' packs them; use init 'kaiming'"
-            )
+            return "lora's init 'pissa' changes the base weights, but 'quantize' packs them; use init 'kaiming'"
         return None
 
     def apply(self, run: Run) -> None:
@@ -130,24 +128,18 @@ class LoRA(Method):
             known = {layer_number(name) for name in names}
             for number in self.layers_to_transform:
                 if number not in known:
-                    raise InputError(
-                        f"lora.layers_to_transform: there is no layer {number} among the targets."
-                    )
+                    raise InputError(f"lora.layers_to_transform: there is no layer {number} among the targets.")
             names = [name for name in names if layer_number(name) in self.layers_to_transform]
         names = [name for name in names if not any(_is_inside(name, owner) for owner in saved)]
         if not names:
-            raise InputError(
-                "lora: target_modules, exclude_modules and modules_to_save together leave no layer."
-            )
+            raise InputError("lora: target_modules, exclude_modules and modules_to_save together leave no layer.")
         return {name: layers[name] for name in names}
 
     def _modules_to_save(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules to train fully."""
         modules = {name: module for name, module in model.named_modules() if name}
         saved = {}
-        for name in (
-            select(modules, self.modules_to_save, "lora.modules_to_save") if self.modules_to_save else ()
-        ):
+        for name in select(modules, self.modules_to_save, "lora.modules_to_save") if self.modules_to_save else ():
             module = modules[name]
             if any(isinstance(part, PackedLinear) for part in module.modules()):
                 raise Conflict(

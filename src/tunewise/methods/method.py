@@ -24,7 +24,8 @@ ParameterGroup = dict[str, Any]
 class Loss(Protocol):
     """Sum of the cross entropies of a micro-batch's supervised tokens, in nats, as a differentiable fp32 scalar."""
 
-    def __call__(self, run: Run, batch: MicroBatch) -> Tensor: ...
+    def __call__(self, run: Run, batch: MicroBatch) -> Tensor:
+        """Return the sum over `batch`."""
 
 
 @dataclass

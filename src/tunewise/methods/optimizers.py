@@ -6,6 +6,7 @@ class.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -192,6 +193,8 @@ class PagedAdamW8bit(_AdamLike):
         if run.device.type != "cuda":
             raise Conflict("paged_adamw_8bit needs a CUDA device. Use adamw_8bit.")
         super().apply(run)
+        if run.is_dry:  # paged memory cannot be fake; as long as the device has room the moments are there
+            run.make_optimizer = partial(optimizers.adamw_8bit, betas=(self.beta1, self.beta2), eps=self.eps)
 
     def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
         """Return bitsandbytes' paged AdamW.

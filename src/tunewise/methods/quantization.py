@@ -45,17 +45,13 @@ class Quantize(Method):
     @model_validator(mode="after")
     def _options_of_the_kind(self) -> Self:
         if self.kind == "int8" and (self.double_quant is not None or self.block_size is not None):
-            raise ValueError(
-                "'double_quant' and 'block_size' belong to nf4 and fp4; int8 has one scale a row"
-            )
+            raise ValueError("'double_quant' and 'block_size' belong to nf4 and fp4; int8 has one scale a row")
         return self
 
     def conflict(self, recipe: Recipe) -> str | None:
         """A packed weight cannot be trained, so something else must be."""
         if not recipe.in_slot(Slot.ADAPTER):
-            return (
-                "quantize packs the weights, so full fine-tuning cannot train them; add 'lora' to the recipe"
-            )
+            return "quantize packs the weights, so full fine-tuning cannot train them; add 'lora' to the recipe"
         return None
 
     def apply(self, run: Run) -> None:
@@ -75,10 +71,7 @@ class Quantize(Method):
             before += weight.numel() * weight.element_size()
             after += packed.stored_bytes
             run.model.set_submodule(name, packed)
-        run.say(
-            f"{self.kind} weights in {len(layers)} linear layers: "
-            f"{format_bytes(before)} -> {format_bytes(after)}"
-        )
+        run.say(f"{self.kind} weights in {len(layers)} linear layers: {format_bytes(before)} -> {format_bytes(after)}")
         stacked = stacked_experts(run.model)
         if stacked:
             size = sum(parameter.numel() * parameter.element_size() for parameter in stacked.values())

@@ -89,16 +89,12 @@ class ChatRenderer:
         return Rendered(text, tuple(spans), takes_bos=False, events=(*events, *more))
 
     def _template(self, conversation: Conversation) -> str:
-        return str(
-            self.tokenizer.get_chat_template(None, [dict(tool) for tool in conversation.tools] or None)
-        )
+        return str(self.tokenizer.get_chat_template(None, [dict(tool) for tool in conversation.tools] or None))
 
     def _has_generation(self, tools: list[dict[str, Any]] | None) -> bool:
         return _GENERATION_BLOCK.search(self.tokenizer.get_chat_template(None, tools)) is not None
 
-    def _text(
-        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool = False
-    ) -> str:
+    def _text(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool = False) -> str:
         text = self.tokenizer.apply_chat_template(
             turns, tools=tools, tokenize=False, add_generation_prompt=prompt, date_string=DATE
         )
@@ -117,9 +113,7 @@ class ChatRenderer:
         )
         return texts[0], [(start, end) for start, end in spans[0]]
 
-    def _chosen(
-        self, messages: Sequence[Message], found: list[Span], text: str
-    ) -> tuple[list[Span], list[Event]]:
+    def _chosen(self, messages: Sequence[Message], found: list[Span], text: str) -> tuple[list[Span], list[Event]]:
         """Keep the spans of supervised turns; the special token that ends a turn belongs to it in any
         case."""
         spans = [(start, self._past_special_token(text, start, end)) for start, end in found]
@@ -185,9 +179,7 @@ class ChatRenderer:
         stripped = text[start:end].rstrip()
         return start + len(stripped) if stripped.endswith(self.special_tokens) else end
 
-    def _ended(
-        self, text: str, spans: list[Span], conversation: Conversation
-    ) -> tuple[str, list[Span], list[Event]]:
+    def _ended(self, text: str, spans: list[Span], conversation: Conversation) -> tuple[str, list[Span], list[Event]]:
         """Append EOS where the template ends the last answer with no special token at all."""
         if not spans or conversation.messages[-1].role != "assistant" or spans[-1][1] < len(text.rstrip()):
             return text, spans, []

@@ -95,9 +95,7 @@ class Conversation:
         """A hash of all that comes before the last answer; the content's hash where nothing comes before
         it."""
         last = max((i for i, message in enumerate(self.messages) if message.role == "assistant"), default=0)
-        before = [
-            f"{message.role}:{message.content}" for message in self.messages[:last] if message.content.strip()
-        ]
+        before = [f"{message.role}:{message.content}" for message in self.messages[:last] if message.content.strip()]
         return normalised_hash(*before) if before else self.content_key
 
 
@@ -131,9 +129,7 @@ def normalised_hash(*parts: str) -> int:
     """Return 64 bits that are equal for parts that are equal up to Unicode form, case and blanks."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        digest.update(
-            " ".join(unicodedata.normalize("NFKC", part).casefold().split()).encode("utf-8", "replace")
-        )
+        digest.update(" ".join(unicodedata.normalize("NFKC", part).casefold().split()).encode("utf-8", "replace"))
         digest.update(b"\x00")
     return int.from_bytes(digest.digest(), "big")
 
@@ -146,16 +142,12 @@ def message_from(value: Any, place: str) -> Message:
         InputError: no object, no role, an unknown role, or content that is not text.
     """
     if not isinstance(value, dict):
-        raise InputError(
-            f"{place}: a message must be an object with a role and a content, not {value!r:.60}."
-        )
+        raise InputError(f"{place}: a message must be an object with a role and a content, not {value!r:.60}.")
     role_key = next((key for key in ROLE_KEYS if key in value), None)
     content_key = next((key for key in CONTENT_KEYS if key in value), None)
     if role_key is None or (content_key is None and not value.get("tool_calls")):
         wanted = "'role' and 'content' (or 'from' and 'value')"
-        raise InputError(
-            f"{place}: a message needs {wanted}; this one has: {', '.join(map(str, value)) or 'nothing'}."
-        )
+        raise InputError(f"{place}: a message needs {wanted}; this one has: {', '.join(map(str, value)) or 'nothing'}.")
     named = str(value[role_key]).lower()
     if named not in ROLES:
         raise InputError(f"{place}: unknown role '{value[role_key]}'. Known: {', '.join(ROLES)}.")
@@ -181,9 +173,7 @@ def _content(value: Any, place: str) -> str:
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) == len(parts):
             return "".join(texts)
-        raise InputError(
-            f"{place}: only text can be learnt; the content has a part that is not text: {value!r:.80}."
-        )
+        raise InputError(f"{place}: only text can be learnt; the content has a part that is not text: {value!r:.80}.")
     raise InputError(f"{place}: the content must be text, not {value!r:.60}.")
 
 

@@ -81,9 +81,7 @@ def find_mapping(
     name, chosen = readings[0]
     used = {theirs.split(".")[0] if theirs not in seen else theirs for theirs in chosen.values()}
     others = tuple(f"format {other}: {arrows(pairs)}" for other, pairs in readings[1:3] if pairs != chosen)
-    return FieldMapping(
-        name, chosen, tuple(key for key in seen if key not in used), others if not named else ()
-    )
+    return FieldMapping(name, chosen, tuple(key for key in seen if key not in used), others if not named else ())
 
 
 def _formats_for(named: Mapping[str, str], format: DataFormat, origin: str) -> list[str]:
@@ -93,9 +91,7 @@ def _formats_for(named: Mapping[str, str], format: DataFormat, origin: str) -> l
     for ours in named:
         if ours not in known:
             what = "tunewise" if format == "auto" else f"the format {format}"
-            raise InputError(
-                f"{origin}: data.fields: {what} has no field '{ours}'.{did_you_mean(ours, known)}"
-            )
+            raise InputError(f"{origin}: data.fields: {what} has no field '{ours}'.{did_you_mean(ours, known)}")
     fitting = [name for name in formats if named.keys() <= {*REQUIRED[name], *OPTIONAL[name]}]
     if not fitting:
         raise InputError(f"{origin}: data.fields: no format has all of {quoted(named)} together.")
@@ -141,14 +137,10 @@ def _readings(
             for prompt in pick("prompt", (wanted_prompt,))
             for completion in pick("completion", (wanted_completion,))
         ]
-        pairs = [
-            pair for pair in dict.fromkeys(pairs) if not any(isinstance(first.get(key), dict) for key in pair)
-        ]
+        pairs = [pair for pair in dict.fromkeys(pairs) if not any(isinstance(first.get(key), dict) for key in pair)]
         return [(name, {"prompt": prompt, "completion": completion} | system) for prompt, completion in pairs]
     if name == "text":
-        return [
-            (name, {"text": text}) for text in pick("text", _TEXTS) if isinstance(look_up(first, text), str)
-        ]
+        return [(name, {"text": text}) for text in pick("text", _TEXTS) if isinstance(look_up(first, text), str)]
     ours = REQUIRED[name][0]
     tools = _first("tools", pick("tools", _TOOLS))
     return [

@@ -93,9 +93,7 @@ def statistics_of(data: Tokenized) -> Statistics:
         documents=len(data.corpus),
         tokens=len(data.corpus.token_ids),
         supervised_tokens=int(data.corpus.is_supervised.sum()),
-        length_quantiles=tuple(
-            (share, int(np.quantile(lengths, share, method="inverted_cdf"))) for share in shares
-        ),
+        length_quantiles=tuple((share, int(np.quantile(lengths, share, method="inverted_cdf"))) for share in shares),
         share_cut=data.num_tokens_cut / max(1, data.num_tokens_read),
     )
 
@@ -111,9 +109,7 @@ def preview(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, index: int) -> l
     before = ""
     for start, end in itertools.pairwise(borders):
         text = str(tokenizer.decode(ids[:end].tolist(), clean_up_tokenization_spaces=False))
-        piece = (
-            text[len(before) :] if text.startswith(before) else str(tokenizer.decode(ids[start:end].tolist()))
-        )
+        piece = text[len(before) :] if text.startswith(before) else str(tokenizer.decode(ids[start:end].tolist()))
         pieces.append((piece, bool(marks[start])))
         before = text
     return pieces

@@ -122,18 +122,14 @@ def examine(
     ]
     if len(train.corpus) == 0:
         findings.append(
-            Finding(
-                "error", "documents to train on", 0, (), "Nothing is left to learn; see the other findings."
-            )
+            Finding("error", "documents to train on", 0, (), "Nothing is left to learn; see the other findings.")
         )
     if validation is not None:
         if validation.tally is not train.tally:
             findings += _event_findings(validation.tally, "validation: ")
         findings += _leak_findings(train, validation)
     order: list[Severity] = ["error", "warning", "info"]
-    return Diagnosis(
-        tuple(sorted(findings, key=lambda finding: order.index(finding.severity))), statistics_of(train)
-    )
+    return Diagnosis(tuple(sorted(findings, key=lambda finding: order.index(finding.severity))), statistics_of(train))
 
 
 def _event_findings(tally: Tally, prefix: str = "") -> Iterator[Finding]:
@@ -179,13 +175,9 @@ def _beginning_findings(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> I
     if bos is None or len(doubled) == 0:
         return
     severity: Severity = "error" if len(doubled) > len(corpus) / 2 else "warning"
-    origins = tuple(
-        corpus.origins[int(index)] for index in np.flatnonzero(corpus.lengths >= 2)[doubled[:EXAMPLES]]
-    )
+    origins = tuple(corpus.origins[int(index)] for index in np.flatnonzero(corpus.lengths >= 2)[doubled[:EXAMPLES]])
     advice = f"Remove {tokenizer.bos_token} from the texts or from the chat template."
-    yield Finding(
-        severity, f"documents that begin with two {tokenizer.bos_token} (BOS)", len(doubled), origins, advice
-    )
+    yield Finding(severity, f"documents that begin with two {tokenizer.bos_token} (BOS)", len(doubled), origins, advice)
 
 
 def _vocabulary_findings(
@@ -219,12 +211,8 @@ def _cut_findings(data: Tokenized) -> Iterator[Finding]:
     share = data.num_tokens_cut / max(1, data.num_tokens_read)
     if data.num_tokens_cut:
         severity: Severity = "warning" if share > MANY_TOKENS_CUT else "info"
-        advice = (
-            "Choose a greater data.max_length, or too_long: split for texts." if severity == "warning" else ""
-        )
-        yield Finding(
-            severity, f"tokens cut or dropped ({share:.1%} of all)", data.num_tokens_cut, (), advice
-        )
+        advice = "Choose a greater data.max_length, or too_long: split for texts." if severity == "warning" else ""
+        yield Finding(severity, f"tokens cut or dropped ({share:.1%} of all)", data.num_tokens_cut, (), advice)
 
 
 def _duplicate_findings(data: Tokenized) -> Iterator[Finding]:
@@ -253,8 +241,6 @@ def _leak_findings(train: Tokenized, validation: Tokenized) -> Iterator[Finding]
         count = int(leaked.sum())
         if count:
             is_most = what == "content" and count > MOST_VALIDATION_LEAKED * len(leaked)
-            origins = tuple(
-                validation.corpus.origins[int(index)] for index in np.flatnonzero(leaked)[:EXAMPLES]
-            )
+            origins = tuple(validation.corpus.origins[int(index)] for index in np.flatnonzero(leaked)[:EXAMPLES])
             described = f"validation documents whose {what} is in the training data, of {len(leaked)}"
             yield Finding("error" if is_most else "warning", described, count, origins, advice)

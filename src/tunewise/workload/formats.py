@@ -72,9 +72,7 @@ class FieldMapping:
         if self.ignored:
             sentence += f"; ignored: {quoted(self.ignored)}"
         if self.also_possible:
-            sentence += (
-                f"; also possible: {' or '.join(self.also_possible)} (choose with 'format' and 'fields')"
-            )
+            sentence += f"; also possible: {' or '.join(self.also_possible)} (choose with 'format' and 'fields')"
         return sentence
 
     def convert(self, record: Record) -> Document:
@@ -113,9 +111,7 @@ class FieldMapping:
         system = self._text(record, "system")
         if system.strip():
             messages.insert(0, Message("system", system))
-        tools = (
-            parsed_if_text(look_up(record.fields, self.fields["tools"])) if "tools" in self.fields else None
-        )
+        tools = parsed_if_text(look_up(record.fields, self.fields["tools"])) if "tools" in self.fields else None
         if tools in (None, "", []):
             return Conversation(tuple(messages), record.origin)
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

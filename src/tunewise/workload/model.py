@@ -1,4 +1,4 @@
-"""Which model: find its folder, its configuration, its tokenizer and its weights, or say clearly what is wrong with them.
+"""Which model: find its folder, configuration, tokenizer and weights, or say clearly what is wrong with them.
 
 Weights are read from safetensors only, unless the user allows pickle; code from a model's folder never runs, unless the
 user trusts it. A name that is a folder (or "embedded") is never looked up on the network.

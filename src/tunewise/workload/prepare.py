@@ -61,9 +61,7 @@ def resolved_too_long(recipe: Recipe) -> TooLong:
     return recipe.data.too_long or ("cut" if recipe.objective == "sft" else "split")
 
 
-def prepare(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
-) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int) -> Prepared:
     """Read, convert, tokenize, split and examine the recipe's data.
 
     Args:
@@ -110,9 +108,7 @@ def diagnose(
     whole = _tokenized(recipe, _source(recipe, "train"), data.source, tokenizer, max_length, said)
     if data.source == STDLIB and data.validation is None and data.validation_fraction > 0:
         train = whole
-        validation = _tokenized(
-            recipe, _source(recipe, "validation"), "stdlib (held out)", tokenizer, max_length, said
-        )
+        validation = _tokenized(recipe, _source(recipe, "validation"), "stdlib (held out)", tokenizer, max_length, said)
         validation = _without_leaks(train, validation, said)
     elif data.validation is not None:
         train = whole
@@ -197,9 +193,7 @@ def _split(whole: Tokenized, recipe: Recipe, said: list[str]) -> tuple[Tokenized
 
 def _without_leaks(train: Tokenized, validation: Tokenized, said: list[str]) -> Tokenized:
     """Leave out held-out documents whose prompt or content the training part has too."""
-    leaked = np.isin(validation.prompt_keys, train.prompt_keys) | np.isin(
-        validation.content_keys, train.content_keys
-    )
+    leaked = np.isin(validation.prompt_keys, train.prompt_keys) | np.isin(validation.content_keys, train.content_keys)
     if leaked.any():
         said.append(f"held-out documents that training has too, left out: {int(leaked.sum())}")
     return validation.take(np.flatnonzero(~leaked))

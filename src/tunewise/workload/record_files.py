@@ -31,9 +31,7 @@ def read_file(path: Path, name: str | None = None) -> Iterator[Record]:
     """
     reader = _READERS.get(kind_of(path))
     if reader is None:
-        raise InputError(
-            f"{path}: cannot read files that end in '{path.suffix}'. Known: {', '.join(KNOWN_SUFFIXES)}."
-        )
+        raise InputError(f"{path}: cannot read files that end in '{path.suffix}'. Known: {', '.join(KNOWN_SUFFIXES)}.")
     yield from reader(path, name or path.name)
 
 
@@ -58,9 +56,7 @@ def _opened(path: Path) -> BinaryIO:
                 raise InputError(f"{path}: ends in .gz but is not gzip-compressed. Rename it without .gz.")
             return cast(BinaryIO, gzip.open(path, "rb"))
         if is_gzip:
-            raise InputError(
-                f"{path}: is gzip-compressed but does not end in .gz. Rename it to {path.name}.gz."
-            )
+            raise InputError(f"{path}: is gzip-compressed but does not end in .gz. Rename it to {path.name}.gz.")
         if magic == _PARQUET_MAGIC:
             raise InputError(f"{path}: is a Parquet file. Rename it to {path.stem}.parquet.")
         return path.open("rb")
@@ -127,11 +123,7 @@ def _json_lines(path: Path, name: str) -> Iterator[Record]:
         except (json.JSONDecodeError, RecursionError) as error:
             column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            hint = (
-                " A JSON array over several lines belongs in a file that ends in .json."
-                if number == 1
-                else ""
-            )
+            hint = " A JSON array over several lines belongs in a file that ends in .json." if number == 1 else ""
             raise InputError(f"{path}:{number}{column}: the line is not JSON: {reason}.{hint}") from None
         except _RepeatedField as error:
             raise InputError(f"{path}:{number}: {error}") from None
@@ -156,14 +148,8 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _object(value: Any, place: str, is_first: bool = False) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
-    hint = (
-        " A whole JSON array belongs in a file that ends in .json."
-        if is_first and isinstance(value, list)
-        else ""
-    )
-    raise InputError(
-        f"{place}: a record must be a JSON object with named fields, not {_json_type(value)}.{hint}"
-    )
+    hint = " A whole JSON array belongs in a file that ends in .json." if is_first and isinstance(value, list) else ""
+    raise InputError(f"{place}: a record must be a JSON object with named fields, not {_json_type(value)}.{hint}")
 
 
 def _json_type(value: Any) -> str:
@@ -193,8 +179,7 @@ def _json(path: Path, name: str) -> Iterator[Record]:
     if len(lists) != 1:
         listed = f"lists: {', '.join(lists)}" if lists else f"fields: {', '.join(value)}"
         raise InputError(
-            f"{path}: a JSON file must be an array of records, or an object with exactly one list of them "
-            f"({listed})."
+            f"{path}: a JSON file must be an array of records, or an object with exactly one list of them ({listed})."
         )
     for key, items in lists.items():
         if not items:
@@ -222,9 +207,7 @@ def _array_items(text: str, path: Path, name: str) -> Iterator[Record]:
         position = _skip_blanks(text, position)
         mark = text[position : position + 1]
         if mark not in (",", "]"):
-            raise _broken_json(
-                path, json.JSONDecodeError("Expecting ',' or ']'", text, position), f"[{index}]"
-            )
+            raise _broken_json(path, json.JSONDecodeError("Expecting ',' or ']'", text, position), f"[{index}]")
         position, index = _skip_blanks(text, position + 1), index + 1
         if mark == "]":
             if position < len(text):
@@ -274,9 +257,7 @@ def _csv(path: Path, name: str) -> Iterator[Record]:
 def _checked_header(row: list[str], path: Path, delimiter: str) -> list[str]:
     header = [column.strip() for column in row]
     if len(header) == 1 and any(other in header[0] for other in (";", "\t")):
-        raise InputError(
-            f"{path}: line 1: columns are separated by ';' or tabs. Use ',' in .csv and tabs in .tsv."
-        )
+        raise InputError(f"{path}: line 1: columns are separated by ';' or tabs. Use ',' in .csv and tabs in .tsv.")
     repeated = sorted({column for column in header if header.count(column) > 1})
     if repeated or "" in header:
         what = f"the column '{repeated[0]}' twice" if repeated and repeated[0] else "a column without a name"

@@ -49,21 +49,15 @@ def _all_records(source: str) -> Iterator[Record]:
 
 def _folder(folder: Path) -> Iterator[Record]:
     try:
-        paths = sorted(
-            path for path in folder.rglob("*") if path.is_file() and kind_of(path) in KNOWN_SUFFIXES
-        )
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path) in KNOWN_SUFFIXES)
         next(folder.iterdir(), None)  # rglob passes over a folder that may not be read
     except OSError as error:
         raise InputError(f"{folder}: the folder cannot be read: {error.strerror or error}.") from None
     if not paths:
-        raise InputError(
-            f"{folder}: no data files in this folder. Known endings: {', '.join(KNOWN_SUFFIXES)}."
-        )
+        raise InputError(f"{folder}: no data files in this folder. Known endings: {', '.join(KNOWN_SUFFIXES)}.")
     kinds = {"text" if kind_of(path) in TEXT_SUFFIXES else kind_of(path) for path in paths}
     if len(kinds) > 1:
-        raise InputError(
-            f"{folder}: the folder mixes kinds of files ({', '.join(sorted(kinds))}). Name one file."
-        )
+        raise InputError(f"{folder}: the folder mixes kinds of files ({', '.join(sorted(kinds))}). Name one file.")
     for path in paths:
         yield from read_file(path, path.relative_to(folder).as_posix())
 
@@ -82,9 +76,7 @@ def _hub(source: str) -> Iterator[Record]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise MissingBackend(
-            "datasets", f"Reading the hub data set '{source}' (no such path exists)", "hub"
-        ) from None
+        raise MissingBackend("datasets", f"Reading the hub data set '{source}' (no such path exists)", "hub") from None
     try:
         for number, fields in enumerate(load_dataset(source, split="train", streaming=True)):
             yield Record(dict(fields), f"{source}[{number}]")

@@ -88,9 +88,7 @@ class PlainRenderer:
 
     def describe(self) -> str:
         """Say how conversations are laid out."""
-        return (
-            f"no chat template: prompt, answer and {self.eos} are joined; chats get headings (### User: ...)"
-        )
+        return f"no chat template: prompt, answer and {self.eos} are joined; chats get headings (### User: ...)"
 
     def render(self, conversation: Conversation) -> Rendered:
         """Join prompt and answer, or the turns under their headings; every answer ends with EOS."""

@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from tunewise.errors import InputError
 
 
-def split(
-    group_keys: NDArray[np.uint64], fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split(group_keys: NDArray[np.uint64], fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the indices (train, validation) of N documents, both in file order.
 
     Whole groups go to validation in the order of a seeded hash, as long as they fit into `fraction` of the

@@ -97,9 +97,7 @@ def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
             yield from _functions(child)
 
 
-def _instruction(
-    function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], name: str
-) -> Record | None:
+def _instruction(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], name: str) -> Record | None:
     """Cut a function after its docstring; None when it has none, or is too short, too long or laid out
     oddly."""
     if not ast.get_docstring(function) or len(function.body) < 2:

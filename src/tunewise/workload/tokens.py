@@ -133,9 +133,7 @@ def tokenize(
             so.
     """
     if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer {type(tokenizer).__name__} is a slow one; tunewise needs a tokenizer.json."
-        )
+        raise InputError(f"the tokenizer {type(tokenizer).__name__} is a slow one; tunewise needs a tokenizer.json.")
     tally = Tally() if tally is None else tally
     builder = _Builder(max_length, too_long, tally)
     drafts = _Drafting(tokenizer, objective, too_long, tally)

@@ -52,9 +52,7 @@ def make_bitsandbytes(kind: str) -> nn.Module:
     return module.requires_grad_(False)
 
 
-def make_layer(
-    kind: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, seed: int = 0
-) -> LoRALinear:
+def make_layer(kind: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, seed: int = 0) -> LoRALinear:
     torch.manual_seed(seed)
     layer = LoRALinear(make_base(kind), RANK, scale=1.5, dropout=dropout)
     layer.initialize("kaiming", torch.Generator().manual_seed(1))
@@ -75,9 +73,7 @@ def run_both(layer: LoRALinear, input: Tensor) -> tuple[dict[str, Tensor], dict[
 
 
 def composed(layer: LoRALinear) -> Any:
-    return lambda x: lora_linear_reference(
-        x, layer.base_layer, layer.lora_A.weight, layer.lora_B.weight, layer.scale
-    )
+    return lambda x: lora_linear_reference(x, layer.base_layer, layer.lora_A.weight, layer.lora_B.weight, layer.scale)
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
@@ -103,9 +99,7 @@ def test_fast_path_equals_reference_in_fp64(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4", "int8"])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
-def test_fast_path_is_as_near_the_truth_as_the_reference_in_bf16(
-    kind: str, factor_dtype: torch.dtype
-) -> None:
+def test_fast_path_is_as_near_the_truth_as_the_reference_in_bf16(kind: str, factor_dtype: torch.dtype) -> None:
     layer = make_layer(kind)
     exact, _ = run_both(layer, torch.randn(64, IN, generator=torch.Generator().manual_seed(2)))
     if kind in ("linear", "conv1d"):
@@ -184,9 +178,7 @@ class CountingLinear(Int8Linear):
 
 
 @pytest.mark.parametrize(("needs_input_grad", "asked"), [(False, 1), (True, 2)])
-def test_reads_the_weight_in_backward_only_for_an_input_that_needs_it(
-    needs_input_grad: bool, asked: int
-) -> None:
+def test_reads_the_weight_in_backward_only_for_an_input_that_needs_it(needs_input_grad: bool, asked: int) -> None:
     base = CountingLinear(nn.Linear(IN, OUT))
     layer = LoRALinear(base.requires_grad_(False), RANK, 1.0)
     layer(torch.randn(5, IN, requires_grad=needs_input_grad)).sum().backward()

@@ -61,9 +61,7 @@ def relative(ours: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block_size", [64, 128])
-def test_four_bit_numbers_are_those_of_the_reference(
-    kind: QuantKind, shape: tuple[int, int], block_size: int
-) -> None:
+def test_four_bit_numbers_are_those_of_the_reference(kind: QuantKind, shape: tuple[int, int], block_size: int) -> None:
     layer = make_linear(shape)
     packed = quantize_linear(layer, kind, block_size, double_quant=False)
     truth = blockwise_reference(layer.weight, LEVELS[kind], block_size)
@@ -118,9 +116,7 @@ def test_int8_error_is_at_most_half_a_step_of_its_row() -> None:
 def test_stored_bits_for_each_weight(kind: QuantKind, double_quant: bool, bits: float) -> None:
     layer = make_linear((1024, 2048))
     packed = quantize_linear(layer, kind, double_quant=double_quant)
-    storages = {
-        buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in packed.buffers()
-    }
+    storages = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in packed.buffers()}
     assert packed.stored_bytes == sum(storages.values())
     assert packed.stored_bytes * 8 / layer.weight.numel() == pytest.approx(bits, abs=5e-4)
     assert not [name for name, _ in packed.named_parameters() if name != "bias"]
@@ -129,9 +125,7 @@ def test_stored_bits_for_each_weight(kind: QuantKind, double_quant: bool, bits: 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(64, 128), (48, 32)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_computes_exactly_dequantize_then_linear(
-    kind: QuantKind, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_computes_exactly_dequantize_then_linear(kind: QuantKind, shape: tuple[int, int], dtype: torch.dtype) -> None:
     packed = quantize_linear(make_linear(shape), kind)
     x = torch.randn(2, 3, shape[1], dtype=dtype, requires_grad=True)
     output = packed(x)

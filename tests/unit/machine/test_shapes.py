@@ -80,9 +80,7 @@ def test_vocabulary_is_padded_to_the_machines_multiple() -> None:
 
 
 def test_unaligned_hidden_size_and_head_width_are_named() -> None:
-    odd = LayerShapes(
-        hidden_size=1000, intermediate_size=4096, vocab_size=512, num_attention_heads=20, head_dim=50
-    )
+    odd = LayerShapes(hidden_size=1000, intermediate_size=4096, vocab_size=512, num_attention_heads=20, head_dim=50)
     found = advice(odd, find("H100"), "bf16", 65536)
     about = {each.about: each.better for each in found if each.rule == "alignment"}
     assert about == {"hidden_size": 1024, "head_dim": 56}

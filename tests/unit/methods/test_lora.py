@@ -58,9 +58,7 @@ def test_merged_model_computes_the_same(architecture: str) -> None:
 
 def test_says_what_it_did() -> None:
     run = make_run(tiny_model("llama"), LoRA(rank=8))
-    assert (
-        sum(8 * (layer.in_features + layer.out_features) for layer in lora_layers(run.model).values()) == 7424
-    )
+    assert sum(8 * (layer.in_features + layer.out_features) for layer in lora_layers(run.model).values()) == 7424
     assert run.notes == ["LoRA r8 (alpha 16) on 14 linear layers: 7.42K trainable parameters"]
 
 

@@ -99,9 +99,7 @@ def test_prompt_learning_is_what_the_library_says() -> None:
 def test_the_seed_decides_the_first_values() -> None:
     def values(seed: int) -> torch.Tensor:
         run = make_run(tiny_model("llama"), Peft(kind="VERA"), seed=seed)
-        return torch.cat(
-            [parameter.detach().flatten() for _, parameter in run.trainable()] + shared(run.model)
-        )
+        return torch.cat([parameter.detach().flatten() for _, parameter in run.trainable()] + shared(run.model))
 
     def shared(model: torch.nn.Module) -> list[torch.Tensor]:
         return [buffer.flatten() for name, buffer in model.named_buffers() if "vera" in name]

@@ -49,9 +49,7 @@ def test_int8_stays_near_the_original() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-def test_qlora_trains_the_update_and_merges_into_the_dequantized_weights(
-    architecture: str, kind: QuantKind
-) -> None:
+def test_qlora_trains_the_update_and_merges_into_the_dequantized_weights(architecture: str, kind: QuantKind) -> None:
     run = make_run(tiny_model(architecture), Quantize(kind=kind), LoRA(rank=4))
     assert all(isinstance(layer.base_layer, PackedLinear) for layer in lora_layers(run.model).values())
     base = logits(run.model)

@@ -41,9 +41,7 @@ def _diagnosed(
     for part in (documents, validation):
         if part is not None:
             tally = Tally()
-            parts.append(
-                tokenize(checked(part, tokenizer, tally), tokenizer, max_length=max_length, tally=tally)
-            )
+            parts.append(tokenize(checked(part, tokenizer, tally), tokenizer, max_length=max_length, tally=tally))
     return examine(parts[0], parts[1] if len(parts) > 1 else None, tokenizer, vocab_size)
 
 
@@ -115,9 +113,7 @@ def test_damage_in_the_text(answer: str, words: str) -> None:
     assert (finding.count, finding.origins) == (1, ("a.jsonl:41",))
 
 
-@pytest.mark.parametrize(
-    "answer", ["café", "São Paulo, SÃO", "ÂNGELO", "日本語", "Ünïcödé «â»", "tab\tand\x0c"]
-)
+@pytest.mark.parametrize("answer", ["café", "São Paulo, SÃO", "ÂNGELO", "日本語", "Ünïcödé «â»", "tab\tand\x0c"])
 def test_sound_text_is_not_called_damaged(answer: str) -> None:
     assert _diagnosed(_pairs([*SOUND, ("Who?\n", answer)])).findings == ()
 

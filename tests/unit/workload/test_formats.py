@@ -30,8 +30,7 @@ def _turns(document: Document) -> list[tuple[str, str, bool]]:
     [
         (
             {"id": 7, "instruction": "i", "input": "x", "response": "r"},
-            "format alpaca: instruction <- 'instruction', input <- 'input', output <- 'response'; "
-            "ignored: 'id'",
+            "format alpaca: instruction <- 'instruction', input <- 'input', output <- 'response'; ignored: 'id'",
         ),
         (
             {"question": "q", "answer": "a"},
@@ -54,8 +53,7 @@ def _turns(document: Document) -> list[tuple[str, str, bool]]:
         ({"story": "once"}, "format text: text <- 'story'"),
         (
             {"instruction": "i", "instances": [{"input": "x", "output": "y"}]},
-            "format alpaca: instruction <- 'instruction', input <- 'instances.0.input', "
-            "output <- 'instances.0.output'",
+            "format alpaca: instruction <- 'instruction', input <- 'instances.0.input', output <- 'instances.0.output'",
         ),
     ],
 )

@@ -68,9 +68,7 @@ def test_explicit_validation_and_its_leak(pairs: Path, tmp_path: Path) -> None:
     other = _rows(tmp_path / "v.jsonl", [{"question": f"Who is {i}?", "answer": "me"} for i in range(9)])
     prepared = _prepared(_recipe(pairs, validation=str(other)))
     assert (len(prepared.train), len(prepared.validation)) == (100, 9)
-    with pytest.raises(
-        InputError, match="validation documents whose content is in the training data, of 100: 100"
-    ):
+    with pytest.raises(InputError, match="validation documents whose content is in the training data, of 100: 100"):
         _prepared(_recipe(pairs, validation=str(pairs)))
 
 

@@ -48,9 +48,7 @@ def _write(path: Path, content: str | bytes) -> str:
         ),
     ],
 )
-def test_every_kind_of_file_gives_the_same_records(
-    tmp_path: Path, name: str, content: str, third_origin: str
-) -> None:
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str, content: str, third_origin: str) -> None:
     records = list(read_records(_write(tmp_path / name, content)))
     assert [record.fields for record in records] == ROWS
     assert records[2].origin == third_origin

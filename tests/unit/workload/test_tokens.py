@@ -118,9 +118,7 @@ def test_template_without_generation_prompt_and_with_its_own_bos() -> None:
 
 
 def test_template_that_refuses_a_role_is_told() -> None:
-    with pytest.raises(
-        InputError, match=r"chat\.jsonl:1: .*Only user and assistant.*system, user, assistant"
-    ):
+    with pytest.raises(InputError, match=r"chat\.jsonl:1: .*Only user and assistant.*system, user, assistant"):
         _one(_chat("one", "two", system="s"), tiny_tokenizer(tiny.INSTRUCT))
 
 
@@ -267,15 +265,10 @@ def test_chunks_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [_completion(f"{i}\n", f"answer {i}") for i in range(10)]
     at_once = tokenize(documents, tiny_tokenizer(), max_length=100)
     monkeypatch.setattr("tunewise.workload.tokens._CHUNK_DOCUMENTS", 3)
-    assert (
-        tokenize(iter(documents), tiny_tokenizer(), max_length=100).corpus.fingerprint
-        == at_once.corpus.fingerprint
-    )
+    assert tokenize(iter(documents), tiny_tokenizer(), max_length=100).corpus.fingerprint == at_once.corpus.fingerprint
 
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
-    lambda text: text.strip()
-)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(lambda text: text.strip())
 WITHOUT_BORDER_BLANKS = TEXTS.map(str.strip)
 
 

@@ -1,0 +1,90 @@
+"""Which combinations there are, and why others are refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tunewise.errors import InputError
+from tunewise.machine.catalogue import find
+from tunewise.methods.compatibility import conflicts
+from tunewise.planner.case import Case, Question, settle
+from tunewise.planner.space import Choice, Refused, Wishes, axes, enumerate_space
+from tunewise.recipe import Fidelity, Recipe
+
+
+def space(case: Case) -> tuple[list[Choice], list[Refused]]:
+    options = axes(case.config, case.machine, case.base, case.wishes)
+    return enumerate_space(options, case.base, case.wishes, case.load.documents_per_step)
+
+
+def test_every_kept_combination_is_a_recipe_without_contradiction(tiny: str) -> None:
+    case = settle(Question(tiny, length=64, machine="H100"))
+    kept, refused = space(case)
+    assert len(kept) > 500
+    assert len(kept) + len(refused) == 4 * 3 * 4 * 8 * 2 * 2 * 2
+    for choice in kept[::17]:
+        recipe = choice.recipe(case.base, 16 if choice.updates_in_backward else 1)
+        assert isinstance(recipe, Recipe)
+        assert not conflicts(recipe)
+        assert (recipe.training.max_grad_norm is None) == choice.updates_in_backward
+
+
+def test_everything_refused_has_a_reason(tiny: str) -> None:
+    _, refused = space(settle(Question(tiny, length=64, machine="T4")))
+    assert all(each.reason for each in refused)
+    words = " ".join(Counter(each.reason for each in refused))
+    assert "cannot unscale fp16 gradients" in words
+    assert "a frozen base gains nothing from fp32" in words
+
+
+@pytest.mark.parametrize(("machine", "half"), [("T4", "fp16 mixed"), ("A100 80GB", "bf16 mixed")])
+def test_the_16_bit_dtype_is_the_machines(tiny: str, machine: str, half: str) -> None:
+    case = settle(Question(tiny, length=64, machine=machine))
+    options = axes(case.config, case.machine, case.base, case.wishes)["precision"]
+    assert options[0].label == half
+
+
+def test_a_machine_that_is_slower_in_16_bits_computes_in_fp32(tiny: str) -> None:
+    slow = find("T4").replace(flops_per_second={"fp32": 1e11, "bf16": 1e10})
+    case = settle(Question(tiny, length=64, machine=slow))
+    labels = [option.label for option in axes(case.config, slow, case.base, case.wishes)["precision"]]
+    assert labels == ["fp32"]
+
+
+def test_wishes_are_kept_to(tiny: str) -> None:
+    case = settle(Question(tiny, length=64, machine="H100", wanted=("lora",), unwanted=("quantize", "packing")))
+    kept, refused = space(case)
+    names = [{method.name for method in choice.methods} for choice in kept]
+    assert names
+    assert all("lora" in each and not each & {"quantize", "packing"} for each in names)
+    assert any(each.reason == "without lora, which was asked for" for each in refused)
+
+
+def test_exact_quality_is_the_plain_run_and_checkpointing(tiny: str) -> None:
+    kept, _ = space(settle(Question(tiny, length=64, machine="H100", quality="exact")))
+    assert {choice.fidelity for choice in kept} == {Fidelity.EXACT}
+    assert {method.name for choice in kept for method in choice.methods} == {
+        "precision", "checkpointing", "adamw", "whole_loss", "attention",
+    }  # fmt: skip
+
+
+def test_a_wanted_method_joins_the_space(tiny: str) -> None:
+    kept, _ = space(settle(Question(tiny, length=64, machine="H100", wanted=("sgd",))))
+    assert kept
+    assert all(any(method.name == "sgd" for method in choice.methods) for choice in kept)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unwanted", "says"),
+    [(("lorra",), (), "Did you mean 'lora'"), (("lora",), ("lora",), "wanted and not wanted")],
+)
+def test_impossible_wishes_are_errors(wanted: tuple[str, ...], unwanted: tuple[str, ...], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Wishes(wanted, unwanted)
+
+
+def test_pre_training_has_no_adapters(tiny: str) -> None:
+    case = settle(Question(tiny, length=64, machine="H100", settings=("objective=pretrain",)))
+    assert [option.label for option in axes(case.config, case.machine, case.base, case.wishes)["tuning"]] == ["full"]
