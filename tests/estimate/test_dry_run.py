@@ -167,3 +167,66 @@ def test_flops_of_a_step_are_six_for_each_weight_and_token() -> None:
     products = 6 * matrices * 128
     attention = 2 * (2 + 5) * 2 * 2 * 4 * 64 * 64 * 16
     assert estimate.flops() == pytest.approx(products + attention, rel=0.01)
+
+
+def recipe_for_cuda(config: PretrainedConfig, methods: dict[str, Any]) -> Recipe:
+    mapping = {
+        "model": {"name": "x", "weights": "random"},
+        "data": {"source": "y"},
+        "methods": {"precision": {"compute": "bf16", "trainable": "same"}, **methods},
+        "batch": {"documents": 2, "micro_batch_size": 2},
+    }
+    return complete(recipe_from_mapping(mapping, "test"), config, torch.device("cuda"))
+
+
+def test_packed_rows_are_one_varlen_call_a_block_on_cuda_and_buckets_on_the_cpu() -> None:
+    config = config_of("llama", 4)
+    recipe, shape = recipe_for_cuda(config, {"packing": {"row_tokens": 64}}), BatchShape(((30, 34), (20, 40)), 100, 64)
+    on_cuda, on_cpu = (dry_run(recipe.replace(device=kind), config, kind, shape) for kind in ("cuda", "cpu"))
+    calls = {key.operator: work.calls for key, work in on_cuda.work.items() if key.moment == Moment.FORWARD}
+    assert calls["torch_attn._varlen_attn"] == 4
+    assert not any("scaled_dot_product" in operator for operator in calls)
+    assert not any("varlen" in key.operator for key in on_cpu.work)
+
+
+def test_a_paged_optimizer_is_estimated_like_one_that_has_not_been_paged_out() -> None:
+    config, shape = config_of("llama", 4), BatchShape.uniform(2, 64)
+    paged, plain = (
+        dry_run(recipe_for_cuda(config, {"lora": {"rank": 64}, name: {}}), config, "cuda", shape)
+        for name in ("paged_adamw_8bit", "adamw_8bit")
+    )
+    assert paged.peak.kinds[Kind.OPTIMIZER] == plain.peak.kinds[Kind.OPTIMIZER] > 0
+
+
+def test_saving_from_a_gpu_takes_memory_of_the_host() -> None:
+    config, shape = config_of("llama", 4), BatchShape.uniform(2, 64)
+    estimate = dry_run(recipe_for_cuda(config, {}), config, "cuda", shape)
+    saved = estimate.moments[Moment.SAVE]
+    state = 2 * estimate.trainable_parameters * (1 + 2)  # weights and both moments in bf16
+    assert state <= saved.host_bytes < 1.1 * state  # besides: counts of steps, the generator, rounding to 512 bytes
+    assert saved.kinds[Kind.TEMPORARIES] == 0
+    assert saved.total_bytes < estimate.moments[Moment.UPDATE].total_bytes
+    on_the_cpu = dry_run(recipe_of(config, {}), config, "cpu", shape).moments[Moment.SAVE]
+    assert on_the_cpu.host_bytes == 0
+    assert on_the_cpu.kinds[Kind.TEMPORARIES] > 0
+
+
+def test_dropout_keeps_a_byte_a_number_on_cuda() -> None:
+    config, shape = config_of("llama", 32), BatchShape.uniform(2, 64)
+    target = {"rank": 4, "target_modules": ["down_proj"]}
+    with_dropout = recipe_for_cuda(config, {"lora": {**target, "dropout": 0.1}})
+    on_cuda, on_cpu = (
+        dry_run(with_dropout.replace(device=kind), config, kind, shape).moments[Moment.BACKWARD].kinds[Kind.ACTIVATIONS]
+        for kind in ("cuda", "cpu")
+    )
+    numbers = 32 * 2 * 64 * 96  # inputs of one layer in each block; the CPU keeps factors in 16 bit
+    assert on_cpu - on_cuda == pytest.approx(numbers, rel=0.1)
+
+
+def test_dropout_in_checkpointed_blocks_is_recomputed_on_cuda() -> None:
+    config, shape = config_of("llama", 8), BatchShape.uniform(2, 64)
+    kept, recomputed = (
+        dry_run(recipe_for_cuda(config, {"lora": {"dropout": 0.1}, **more}), config, "cuda", shape)
+        for more in ({}, {"checkpointing": {}})
+    )
+    assert recomputed.peak_bytes < kept.peak_bytes

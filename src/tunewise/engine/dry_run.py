@@ -9,15 +9,12 @@ is allocated, no weight is read, and depth costs nothing: two shallow models are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -148,8 +145,7 @@ def trace(
 ) -> Trace:
     """Run the step of the whole model (no extension in depth) on fake tensors and return what was seen."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # real ones: the generator's state in a checkpoint
-    dropout = _FusedDropout() if profile.kind == "cuda" else nullcontext()
-    with fake, _Answers(), dropout, torch.random.fork_rng(devices=[]):
+    with fake, _Answers(), torch.random.fork_rng(devices=[]):
         dry = _DryStep(recipe, config, profile)
         if all(len(row) == 1 for shape in batches for row in shape.document_lengths):
             use_unpacked_mask(base_model_of(dry.run.model))
@@ -189,6 +185,7 @@ class _DryStep:
             vocab_size=inner.get_input_embeddings().num_embeddings,
             granularity=profile.granularity_bytes,
             workspace=cpu_workspace if profile.kind == "cpu" else None,
+            has_fused_dropout=profile.kind == "cuda",
         )
         self.scaler = _Scaler(self.tracker, run.use_grad_scaler)
         self.tracker.enter(Place(Moment.FORWARD, 0, -1))
@@ -278,18 +275,6 @@ class _Scaler(torch.amp.GradScaler):
     ) -> Any:
         del optimizer_state
         return optimizer.step(*args, **kwargs)
-
-
-class _FusedDropout(TorchFunctionMode):
-    """Dropout as CUDA computes it: one kernel that keeps a mask of a byte, where the CPU keeps factors in full size."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.dropout and kwargs["training"] and 0.0 < kwargs["p"] < 1.0 and not kwargs["inplace"]:
-            return torch.native_dropout(args[0], kwargs["p"], True)[0]
-        return func(*args, **kwargs)
 
 
 class _Answers(TorchDispatchMode):

@@ -89,12 +89,14 @@ class Tracker(TorchDispatchMode):
         vocab_size: a tensor of two or more dimensions whose last one has this size holds logits; None: no tensor does.
         granularity: the allocator rounds each size up to a multiple of this.
         workspace: what kernels allocate inside, which no dispatch mode can see.
+        has_fused_dropout: CUDA's dropout keeps a mask of a byte a number, the CPU's (which is traced) factors in full size.
         work: what the operators compute and move.
     """
 
     vocab_size: int | None = None
     granularity: int = 1
     workspace: WorkspaceRule | None = None
+    has_fused_dropout: bool = False
     work: WorkTable = field(default_factory=WorkTable)
     _allocations: list[_Allocation] = field(default_factory=list)
     _events: list[tuple[int, int]] = field(default_factory=list)
@@ -116,6 +118,8 @@ class Tracker(TorchDispatchMode):
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for leaf in leaves:
             self._see(leaf)
+        if self.has_fused_dropout and func is torch.ops.aten.bernoulli_.float:
+            self._resize(self._see(args[0]), args[0].numel())
         if func is torch.ops.aten.add.Tensor:
             self._note_accumulation(args, output)
         if self.workspace is not None and (inside := self.workspace(func, args, kwargs)) > 0:
@@ -152,7 +156,7 @@ class Tracker(TorchDispatchMode):
         if known is not None:
             return known[1]
         index = len(self._allocations)
-        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        size = self._rounded(storage.nbytes())
         place = self._places[-1][0]
         allocation = _Allocation(
             num_bytes=size,
@@ -165,6 +169,15 @@ class Tracker(TorchDispatchMode):
         self._events.append((size, index))
         self._alive[key] = (weakref.ref(storage, partial(self._forget, key)), index)
         return index
+
+    def _rounded(self, num_bytes: int) -> int:
+        return -(-num_bytes // self.granularity) * self.granularity
+
+    def _resize(self, index: int, num_bytes: int) -> None:
+        """Let an allocation have had another size from its birth on."""
+        allocation = self._allocations[index]
+        allocation.num_bytes = self._rounded(num_bytes)
+        self._events[allocation.born] = (allocation.num_bytes, index)
 
     def _forget(self, key: int, reference: object) -> None:
         del reference

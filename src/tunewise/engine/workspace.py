@@ -40,8 +40,8 @@ def cpu_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
 def _product_bytes(left: Tensor, right: Tensor) -> int:
     """oneDNN's scratchpad for a product in 16 bit: blocks of both factors, and one more of a transposed left factor.
 
-    Its choice of blocks is its own and differs between processors. This rule was read off the allocator's record of some
-    shapes on one AVX-512 machine (bf16); there it is exact for some and some tens of KiB too much for others.
+    Its choice of blocks is its own and differs between processors. This rule was read off the allocator's record of
+    some shapes on one AVX-512 machine (bf16); there it is exact for some and some tens of KiB too much for others.
     """
     if left.dtype.itemsize != 2:
         return 0

@@ -35,7 +35,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     if best.cost is not None:
         show(f"  cost     {_interval(best.cost, '{:.2f}')}")
     if best.energy_kwh is not None:
-        show(f"  energy   {_interval(best.energy_kwh, '{:.2f}')} kWh at the power limit")
+        show(f"  energy   {_interval(best.energy_kwh, '{:.3g}')} kWh at the power limit")
     show(f"  interval {escape(plan.interval)}", soft_wrap=True)
     if len(plan.front) > 1:
         show(_front_table(plan))
@@ -107,13 +107,20 @@ def _front_table(plan: Plan) -> Table:
     table = Table("no other plan beats these in all of", "memory", "tokens/s", "time", "quality")
     for row in plan.front:
         table.add_row(
-            ("* " if row.label == plan.best.label else "  ") + escape(row.label),
+            ("* " if row.label == plan.best.label else "  ") + escape(_apart(row, plan.front)),
             format_bytes(row.peak_bytes),
             f"{row.tokens_per_second.middle:.0f}",
             format_seconds(row.run_seconds.middle),
             _quality(row),
         )
     return table
+
+
+def _apart(row: Row, rows: tuple[Row, ...]) -> str:
+    """Return the options in which a plan differs from some other one of the table."""
+    columns = zip(*(each.label.split(", ") for each in rows), strict=True)
+    differs = [len(set(column)) > 1 for column in columns]
+    return ", ".join(word for word, shown in zip(row.label.split(", "), differs, strict=True) if shown)
 
 
 def _quality(row: Row) -> str:

@@ -1,0 +1,175 @@
+"""Predicted memory against what others have published, row by row of a table of measurements.
+
+    python benchmarks/estimate/published.py --csv FILE --json OUT [--configs FOLDER]
+
+A row is used when its setting can be written as a recipe for one GPU; every other row gets the reason why not. Three
+assumptions hold for all rows, whatever their source, and no number is fitted to a row or source:
+
+- The peak is that of a micro-batch whose rows are all as long as the row's `seq_len`.
+- Reserved memory is the allocated one times `FRAGMENTATION`.
+- Whoever wrote a LoRA layer out of torch's operations keeps what our layer's composed path (that of dropout) keeps.
+
+What a table does not say, but the code of its repository does (whether the head is tied, how the loss treats logits),
+stands in `published_stacks.STACKS`. It holds no numbers. The entries were read in that code, some of them because this
+table's errors had shown where to look: on rows of another stack expect larger errors than on these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from published_settings import Row, Unusable, load_configs, setting_of
+from transformers.utils import logging as transformers_logging
+
+from tunewise.engine.dry_run import dry_run
+from tunewise.errors import TunewiseError
+from tunewise.planner.choose import SAFETY_MARGIN
+
+CONFIGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "configs"
+
+FRAGMENTATION = 1.10
+"""Reserved over allocated memory: holes of the caching allocator. One number for all rows, chosen beforehand."""
+
+
+def predict(row: Row, configs: dict[str, Path], known: dict[str, tuple[int, int]]) -> None:
+    """Fill in the row's prediction.
+
+    Raises:
+        Unusable: why it has none.
+        TunewiseError: the recipe is refused.
+    """
+    try:
+        row.published_gb = float(row.text("peak_mem_gb"))
+    except ValueError:
+        raise Unusable("no peak is published") from None
+    if not 0.01 < row.published_gb < 1e5:
+        raise Unusable(f"a peak of {row.published_gb} GB")
+    metric = row.text("mem_metric").lower()
+    row.metric = next((word for word in ("reserved", "nvidia-smi", "allocated", "active") if word in metric), "")
+    if not row.metric:
+        raise Unusable(f"metric '{row.text('mem_metric')}' is neither allocated nor reserved memory")
+    setting = setting_of(row, configs)
+    if setting.key not in known:
+        made = dry_run(setting.recipe, setting.config, "cuda", setting.shapes, profile=setting.profile)
+        known[setting.key] = made.peak_bytes, made.context_bytes
+    peak_bytes, context_bytes = known[setting.key]
+    if row.metric in ("reserved", "nvidia-smi"):
+        peak_bytes = round(peak_bytes * FRAGMENTATION)
+    row.predicted_gb = (peak_bytes + (context_bytes if row.metric == "nvidia-smi" else 0)) / 1e9
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the figures of some rows; errors are relative to what was published."""
+    used = [row for row in rows if row.reason is None]
+    errors = [row.error for row in used]
+    sizes = sorted(map(abs, errors))
+    return {
+        "rows_used": len(used),
+        "rows_left_out": len(rows) - len(used),
+        "median_error": statistics.median(sizes) if sizes else None,
+        "p90_error": sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))] if sizes else None,
+        "worst_error": sizes[-1] if sizes else None,
+        "bias": statistics.mean(errors) if errors else None,
+        "under_predictions": sum(error < 0 for error in errors),
+        "under_predictions_beyond_margin": sum(row.is_beyond_margin for row in used),
+    }
+
+
+def show(source: str, rows: Sequence[Row]) -> None:
+    """Print a source's table: the rows that were used, then the reasons of the others."""
+    print(f"\n{source}")
+    for row in rows:
+        if row.reason is None:
+            mark = " !" if row.is_beyond_margin else ""
+            print(
+                f"  {row.text('id'):>5} {row.text('model')[:28]:28} {row.text('method')[:12]:12} {row.metric:9} "
+                f"published {row.published_gb:7.2f} GB  predicted {row.predicted_gb:7.2f} GB  {row.error:+7.1%}{mark}"
+            )
+    reasons: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row.reason is not None:
+            reasons[row.reason] += 1
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        print(f"  left out {count:3}: {reason}")
+    print("  " + _figures(summarize(rows)))
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    counts = f"{summary['rows_used']} rows used, {summary['rows_left_out']} left out"
+    if not summary["rows_used"]:
+        return counts
+    return (
+        f"{counts}: median error {summary['median_error']:.1%}, 90 % under {summary['p90_error']:.1%}, worst "
+        f"{summary['worst_error']:.1%}, bias {summary['bias']:+.1%}; {summary['under_predictions']} predicted too low, "
+        f"{summary['under_predictions_beyond_margin']} by more than the safety margin of {SAFETY_MARGIN:.0%}"
+    )
+
+
+def to_mapping(row: Row) -> dict[str, Any]:
+    """Return a row as it stands in the JSON file."""
+    named = {name: row.text(name) for name in ("id", "source", "model", "method")}
+    if row.reason is not None:
+        return {**named, "published_gb": row.published_gb, "reason": row.reason}
+    figures = {"metric": row.metric, "published_gb": row.published_gb, "predicted_gb": row.predicted_gb}
+    return {**named, **figures, "error": row.error, "beyond_margin": row.is_beyond_margin}
+
+
+def main() -> int:
+    """Predict every row, print a table per source, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--configs", type=Path, default=CONFIGS, metavar="FOLDER", help="config.json files by name")
+    arguments = parser.parse_args()
+    if not arguments.csv.is_file():
+        parser.error(f"--csv: there is no file '{arguments.csv}'")
+    if not any(arguments.configs.glob("*.json")):
+        parser.error(f"--configs: there is no configuration in '{arguments.configs}'")
+    transformers_logging.set_verbosity_error()
+    with arguments.csv.open(encoding="utf-8-sig", newline="") as stream:
+        rows = [Row(cells) for cells in csv.DictReader(stream)]
+    configs, known = load_configs(arguments.configs), dict[str, tuple[int, int]]()
+    sources: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        sources[row.text("source") or "no source"].append(row)
+        try:
+            predict(row, configs, known)
+        except Unusable as reason:
+            row.reason = str(reason)
+        except TunewiseError as error:
+            row.reason = "refused: " + " ".join(str(error).split())
+        except Exception as error:  # a row of others must not cost the figures of the rest
+            row.reason = f"broken: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for source, members in sources.items():
+        show(source, members)
+    summary = summarize(rows)
+    result = {
+        "command": "benchmarks/estimate/published.py " + " ".join(sys.argv[1:]),
+        "torch": torch.__version__,
+        "fragmentation": FRAGMENTATION,
+        "safety_margin": SAFETY_MARGIN,
+        "summary": summary,
+        "sources": {source: summarize(members) for source, members in sources.items()},
+        "metrics": {
+            metric: summarize([row for row in rows if row.metric == metric and row.reason is None])
+            for metric in sorted({row.metric for row in rows if row.reason is None})
+        },
+        "rows": [to_mapping(row) for row in rows],
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\nall sources: " + _figures(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

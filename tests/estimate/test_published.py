@@ -1,0 +1,108 @@
+"""benchmarks/estimate/published.py: rows that can be reproduced, rows that cannot, rows that make no sense."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARK = ROOT / "benchmarks" / "estimate" / "published.py"
+TABLE = ROOT.parent / "shared" / "data" / "published" / "finetune_memory.csv"
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("estimate_published", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(BENCHMARK.parent))  # where a script finds the modules beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARK.parent))
+    return module
+
+
+benchmark = _load()
+
+SOUND = {
+    "id": "1", "source": "here", "model": "owner/Tiny-Llama-Instruct", "method": "lora", "adapter_rank": "8",
+    "adapter_targets": "q_proj+v_proj", "base_precision": "bf16", "optimizer": "AdamW", "micro_batch": "2",
+    "seq_len": "256", "attention": "sdpa", "grad_ckpt": "no", "n_gpus": "1", "peak_mem_gb": "0.5",
+    "mem_metric": "torch max_memory_allocated", "status": "measured",
+}  # fmt: skip
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]) -> dict[str, Any]:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "Our-Llama.json").write_text(json.dumps(SHAPE))
+    table, out = tmp_path / "table.csv", tmp_path / "out.json"
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, sorted({name for row in rows for name in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+    arguments = ["published.py", "--csv", str(table), "--json", str(out), "--configs", str(tmp_path / "configs")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert benchmark.main() == 0
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def test_what_is_stated_decides_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {**SOUND, "model": "owner/our llama-Instruct"}
+    changes: list[dict[str, str]] = [
+        {}, {"micro_batch": "4"}, {"grad_ckpt": "yes"}, {"method": "qlora"}, {"mem_metric": "max_memory_reserved"},
+        {"method": "full"},
+    ]  # fmt: skip
+    result = run(tmp_path, monkeypatch, [{**row, **change} for change in changes])
+    plain, larger, checkpointed, quantized, reserved, full = (each["predicted_gb"] for each in result["rows"])
+    parameters = 2 * 32000 * 512 + 8 * (4 * 512 * 512 + 3 * 512 * 1376)
+    assert plain > 2 * parameters / 1e9
+    assert checkpointed < plain < larger < 2 * plain
+    assert plain - quantized > 0.2 * 2 * 8 * (4 * 512 * 512 + 3 * 512 * 1376) / 1e9
+    assert reserved == pytest.approx(plain * benchmark.FRAGMENTATION)
+    assert full > 8 * parameters / 1e9
+    assert result["summary"]["rows_used"] == len(changes)
+    assert result["rows"][0]["error"] == pytest.approx((plain - 0.5) / 0.5)
+
+
+def test_a_row_that_cannot_be_reproduced_is_left_out_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {**SOUND, "model": "our-llama"}
+    expected = {
+        "status": ("estimate", "not measured"), "n_gpus": ("2", "not one GPU"), "model": ("no-such-7b", "no-such-7b"),
+        "method": ("galore", "galore"), "optimizer": ("", "optimizer is not stated"), "micro_batch": ("?", "'?'"),
+        "seq_len": ("-5", "seq_len"), "attention": ("ring", "ring"), "grad_ckpt": ("", "not stated"),
+        "peak_mem_gb": ("nan", "nan"), "mem_metric": ("vendor's claim", "vendor's claim"), "adapter_rank": ("x", "'x'"),
+        "adapter_targets": ("W_pack", "w_pack"), "base_precision": ("16 bits", "16 bits"),
+        "quantization": ("int4 (gptq)", "gptq"), "conditions": ("torch.compile on", "compile"),
+    }  # fmt: skip
+    result = run(tmp_path, monkeypatch, [{**row, column: value} for column, (value, _) in expected.items()])
+    for found, (column, (_, words)) in zip(result["rows"], expected.items(), strict=True):
+        assert words in found["reason"], column
+        assert "broken" not in found["reason"], column
+    assert result["summary"]["rows_used"] == 0
+    assert result["summary"]["median_error"] is None
+
+
+@pytest.mark.skipif(not TABLE.is_file(), reason="the published table ../shared/data is not here")
+def test_a_published_lora_row_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {cells["id"]: benchmark.Row(cells) for cells in csv.DictReader(TABLE.open(encoding="utf-8"))}
+    configs = benchmark.load_configs(benchmark.CONFIGS)
+    for number in ("28", "265"):  # litgpt's Llama-3.2-1B, PEFT's Llama-3.2-3B
+        benchmark.predict(rows[number], configs, {})
+        assert abs(rows[number].error) < 0.05
