@@ -112,19 +112,22 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full mixed whole": (_BF16 | {"whole_loss": {}}, {}),
     "full mixed checkpointing": (_BF16 | {"checkpointing": {}}, {}),
     "full mixed selective eager": (
-        _BF16 | {"checkpointing": {"policy": "selective"}, "attention": {"kind": "eager"}}, {}
+        _BF16 | {"checkpointing": {"policy": "selective"}, "attention": {"kind": "eager"}},
+        {},
     ),
     "full mixed packed": (_BF16 | _PACKED, {}),
     "full pure": (_PURE, {}),
     "full pure checkpointing whole": (_PURE | {"checkpointing": {}, "whole_loss": {}}, {}),
     "full pure adafactor in backward": (
-        _PURE | {"adafactor": {"in_backward": True}, "checkpointing": {}}, _IN_BACKWARD
+        _PURE | {"adafactor": {"in_backward": True}, "checkpointing": {}},
+        _IN_BACKWARD,
     ),
     "lora fp32": (_FP32 | {"lora": {"rank": 8}}, {}),
     "lora fp32 checkpointing": (_FP32 | {"lora": {"rank": 8}, "checkpointing": {}}, {}),
     "lora fp32 dropout": (_FP32 | {"lora": {"rank": 8, "dropout": 0.1}, "checkpointing": {"every": 2}}, {}),
     "lora fp32 selective whole": (
-        _FP32 | {"lora": {"rank": 16}, "checkpointing": {"policy": "selective"}, "whole_loss": {}}, {}
+        _FP32 | {"lora": {"rank": 16}, "checkpointing": {"policy": "selective"}, "whole_loss": {}},
+        {},
     ),
     "lora mixed": (_BF16 | {"lora": {"rank": 8}}, {}),
     "lora mixed sdpa packed": (_BF16 | _PACKED | {"lora": {"rank": 8}, "attention": {"kind": "sdpa"}}, {}),

@@ -80,7 +80,7 @@ def capture(
         "optimizer": {"numbers": numbers, "groups": groups},
         "scaler": scaler.state_dict(),
     }
-    return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, state
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, state
 
 
 def restore(

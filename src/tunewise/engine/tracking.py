@@ -89,7 +89,7 @@ class Tracker(TorchDispatchMode):
         vocab_size: a tensor of two or more dimensions whose last one has this size holds logits; None: no tensor does.
         granularity: the allocator rounds each size up to a multiple of this.
         workspace: what kernels allocate inside, which no dispatch mode can see.
-        has_fused_dropout: CUDA's dropout keeps a mask of a byte a number, the CPU's (which is traced) factors in full size.
+        has_fused_dropout: CUDA's dropout keeps a byte a number, the CPU's (which is traced) factors in full size.
         work: what the operators compute and move.
     """
 

@@ -31,7 +31,8 @@ def cpu_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
     if packet in _PRODUCTS:
         return _product_bytes(*(args[place] for place in _PRODUCTS[packet]))
     if packet is aten.logsumexp:
-        return _bytes(args[0]) + _bytes(args[0]) // max(args[0].shape[-1], 1)  # exp(x - max) and max
+        width = max(int(args[0].shape[-1]), 1)
+        return _bytes(args[0]) + _bytes(args[0]) // width  # exp(x - max) and max
     if torch.Tag.pointwise in func.tags:
         return _promotion_bytes(args, kwargs)
     return 0

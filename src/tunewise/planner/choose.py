@@ -20,6 +20,9 @@ from tunewise.planner.space import ADAMW, ALL_BLOCKS, FULL, KEPT, LORA, Choice, 
 from tunewise.recipe import Fidelity, Recipe
 from tunewise.units import format_bytes, format_seconds
 
+NO_BETTER = "no better than"
+"""How the reason of a dominated plan begins."""
+
 SAFETY_MARGIN = 0.08
 """Of the usable memory this part stays free: the allocator's holes, and what an estimate may miss."""
 
@@ -263,7 +266,7 @@ def why_not(one: Prediction, candidates: Sequence[Prediction]) -> str:
     """Say which candidate is at least as good in everything."""
     other = next(each for each in candidates if _beats(each, one))
     return (
-        f"no better than '{other.choice.label}' in memory ({format_bytes(one.peak_bytes)} against "
+        f"{NO_BETTER} '{other.choice.label}' in memory ({format_bytes(one.peak_bytes)} against "
         f"{format_bytes(other.peak_bytes)}), time and quality"
     )
 

@@ -60,15 +60,15 @@ def explain(method: str, case: Case, predictor: Predictor, around: Prediction) -
 def _pair(method: str, axis: Axis, options: tuple[Option, ...], choice: Choice) -> tuple[Choice, Choice]:
     present = choice[axis]
     if method in present.names:
-        plain = next((option for option in options if option.label == present.instead_of), None)
-        other = plain or next((option for option in options if method not in option.names), None)
-        if other is None or (method not in present.names) == (method not in other.names):
-            other = next((option for option in options if method not in option.names), None)
+        others = [option for option in options if method not in option.names]
+        other = next((option for option in others if option.label == present.instead_of), None)
+        other = other or next(iter(others), None)
         if other is None:
             raise InputError(f"{axis} has no option without '{method}'.")
         return choice.replaced(axis, other), choice
     fitting = [option for option in options if method in option.names]
-    return choice, choice.replaced(axis, fitting[0])
+    usual = next((option for option in fitting if BY_NAME[method]() in option.methods), fitting[0])
+    return choice, choice.replaced(axis, usual)
 
 
 def _need(choice: Choice, size: int, predictor: Predictor) -> Need:

@@ -81,11 +81,17 @@ class Footprint:
 
 
 def footprint(
-    recipe: Recipe, config: PretrainedConfig, profile: DeviceProfile, shapes: tuple[BatchShape, ...]
+    recipe: Recipe,
+    config: PretrainedConfig,
+    profile: DeviceProfile,
+    shapes: tuple[BatchShape, ...],
+    *,
+    evaluates: bool = False,
 ) -> Footprint:
     """Trace `recipe` at one or two sizes of micro-batch, or take up what was traced before.
 
-    One size is enough where only what does not depend on it is asked for (the optimizer's state).
+    One size is enough where only what does not depend on it is asked for (the optimizer's state). With `evaluates` an
+    evaluation of the same micro-batch is traced too.
 
     Raises:
         Conflict: the recipe's methods contradict each other or this model.
@@ -95,14 +101,14 @@ def footprint(
     shape_numbers = [[shape.document_lengths, shape.num_supervised] for shape in shapes]
     key = cache.key_of(
         {"config": config.to_dict(), "methods": methods, "training": training, "shapes": shape_numbers}
-        | {"profile": vars(profile), "device": recipe.device, "what": "footprint"}
+        | {"profile": vars(profile), "device": recipe.device, "evaluates": evaluates, "what": "footprint"}
     )
     known = cache.read(key)
     if known is not None:
         return _from_plain(known)
-    made = _trace_all(recipe, config, profile, shapes)
-    cache.write(key, _to_plain(made))
-    return made
+    made = _to_plain(_trace_all(recipe, config, profile, shapes, evaluates))
+    cache.write(key, made)
+    return _from_plain(made)  # also the first time, so that rounding is the same every time
 
 
 def num_parameters(config: PretrainedConfig, recipe: Recipe) -> int:
@@ -122,7 +128,7 @@ def num_parameters(config: PretrainedConfig, recipe: Recipe) -> int:
 
 
 def _trace_all(
-    recipe: Recipe, config: PretrainedConfig, profile: DeviceProfile, shapes: tuple[BatchShape, ...]
+    recipe: Recipe, config: PretrainedConfig, profile: DeviceProfile, shapes: Sequence[BatchShape], evaluates: bool
 ) -> Footprint:
     depth = int(config.get_text_config().num_hidden_layers)
     depths = shallow_depths(config, recipe)
@@ -130,7 +136,8 @@ def _trace_all(
     seen: list[tuple[dict[str, Curve], WorkTable]] = []
     counts = (0, 0)
     for shape in shapes:
-        traces = [trace(each_recipe, each, profile, (shape,)) for each, each_recipe in models]
+        evaluation = shape if evaluates else None
+        traces = [trace(each_recipe, each, profile, (shape,), evaluation) for each, each_recipe in models]
         small, large = traces[0], traces[-1]
         factor = 0.0 if depths is None else (depth - small.num_blocks) / (large.num_blocks - small.num_blocks)
         seen.append((_curves(small, large, factor), _work(small, large, factor)))

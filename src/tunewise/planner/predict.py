@@ -232,29 +232,35 @@ class Predictor:
         gradients = float(_at(base, "update head", tokens)[Kind.GRADIENTS]) if accumulates else None
         changes = self._changes(choice, base_choice)
         best_name, best = "", np.zeros(len(Kind))
-        scale = self._logits_share(choice, rows)
-        for name, lines in base.places.items():
-            if _moment(name) == Moment.SAVE and self.profile.kind != "cpu":
+        places = dict(base.places)
+        if base_choice["checkpointing"] != KEPT:  # evaluation keeps no activations, so it is traced once for all
+            other = self._footprint(base_choice.replaced("checkpointing", KEPT))
+            places |= {name: lines for name, lines in other.places.items() if _moment(name) == Moment.EVALUATION}
+        for name, lines in places.items():
+            moment = _moment(name)
+            if moment == Moment.SAVE and self.profile.kind != "cpu":
                 continue  # what is saved is copied to the host
-            inside = gradients if _moment(name) in _BLOCKS else None
+            inside = gradients if moment in _BLOCKS else None
             by_kind = lines.at(tokens, inside)
             for new, old in changes:
-                by_kind = by_kind + _at(new, name, tokens, inside) - _at(old, name, tokens, inside)
-            by_kind[Kind.LOGITS] *= scale
+                by_kind = by_kind + _difference(new, old, name, tokens, inside)
+            by_kind[Kind.LOGITS] *= self._logits_share(choice, rows, moment)
             if by_kind.sum() > best.sum():
                 best_name, best = name, by_kind
         return best_name, best
 
-    def _logits_share(self, choice: Choice, rows: Rows) -> float:
+    def _logits_share(self, choice: Choice, rows: Rows, moment: str) -> float:
         """Return the logits of this micro-batch over those that were traced.
 
-        From the second chunk on two chunks are alive at once: the loop's variables hold the one before.
+        In training two chunks are alive at once from the second one on: the loop's variables hold the one before.
         """
         loss = next((method for method in choice.methods if isinstance(method, SupervisedLoss)), None)
         if loss is None:
             return 1.0
+        chunk = loss.chunk_tokens
+        several = chunk if moment == Moment.EVALUATION else 2 * chunk
         now, traced = (
-            learnt if learnt <= loss.chunk_tokens else 2 * loss.chunk_tokens
+            learnt if learnt <= chunk else several
             for learnt in (rows.shape().num_supervised, self._shapes(choice)[0].num_supervised)
         )
         return min(1.0, now / traced)
@@ -330,7 +336,8 @@ class Predictor:
         if key not in self._footprints:
             shapes = (BatchShape.uniform(1, SMALL_TOKENS),) if is_small else self._shapes(choice)
             recipe = choice.recipe(self.base, self.load.documents_per_step if choice.updates_in_backward else 1)
-            self._footprints[key] = footprint(recipe, self.config, self.profile, shapes)
+            evaluates = choice["checkpointing"] is KEPT and not is_small
+            self._footprints[key] = footprint(recipe, self.config, self.profile, shapes, evaluates=evaluates)
             self.num_traced += 1
         return self._footprints[key]
 
@@ -362,7 +369,17 @@ def device_peak(estimate: Estimate) -> tuple[Moment, Peak]:
 
 
 def _moment(place: str) -> str:
+    """Return the moment in a place's name."""
     return place.split(" ")[0]
+
+
+def _difference(new: Footprint, old: Footprint, name: str, tokens: float, gradients: float | None) -> Bytes:
+    """Return what a change adds to a place; to an evaluation that was not traced, the optimizer's state only."""
+    if _moment(name) == Moment.EVALUATION and not (name in new.places and name in old.places):
+        change = np.zeros(len(Kind))
+        change[Kind.OPTIMIZER] = (_at(new, "update head", tokens) - _at(old, "update head", tokens))[Kind.OPTIMIZER]
+        return change
+    return _at(new, name, tokens, gradients) - _at(old, name, tokens, gradients)
 
 
 def _at(seen: Footprint, name: str, tokens: float, gradients: float | None = None) -> Bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewise.planner.choose import SAFETY_MARGIN, Limits, Selection
+from tunewise.planner.choose import NO_BETTER, SAFETY_MARGIN, Limits, Selection
 from tunewise.planner.predict import Prediction
 from tunewise.planner.space import Choice, Option
 from tunewise.units import format_bytes
@@ -41,6 +41,8 @@ def _needed(option: Option, choice: Choice, selection: Selection) -> str | None:
     refused = next((each for each in selection.rejected if each.choice.label == label), None)
     if refused is None:
         return None
+    if refused.reason.startswith(NO_BETTER):
+        return f"{option.label}: with '{option.instead_of}' only smaller micro-batches fit, which are slower."
     return f"{option.label}: needed, because with '{option.instead_of}' {_about(refused.reason)}."
 
 

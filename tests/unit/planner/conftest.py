@@ -12,18 +12,18 @@ from tunewise.machine.catalogue import find
 from tunewise.machine.machine import Machine
 from tunewise.units import MIB
 
-TINY = {
+SMALL = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1001,
-    "max_position_embeddings": 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 8001,
+    "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+"""On fake tensors a model of any width costs the same; this one keeps a T4 busy."""
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +38,19 @@ def _own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two blocks, which are traced as they are: half the traces of a deeper model."""
+    return _config(tmp_path_factory, 2)
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twelve blocks, extended from two and three (or four)."""
+    return _config(tmp_path_factory, 12)
+
+
+def _config(tmp_path_factory: pytest.TempPathFactory, num_blocks: int) -> str:
     path = tmp_path_factory.mktemp("model") / "config.json"
-    path.write_text(json.dumps(TINY))
+    path.write_text(json.dumps({**SMALL, "num_hidden_layers": num_blocks}))
     return str(path)
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tunewise.engine.tracking import Kind
 from tunewise.errors import InputError
@@ -27,18 +28,17 @@ def plain(predictor: Predictor) -> Choice:
 
 
 @pytest.mark.parametrize(("machine", "length"), [("H100", 96), ("T4", 160)])
-def test_composed_bytes_are_those_of_a_dry_run(tiny: str, machine: str, length: int) -> None:
-    predictor = settle(Question(tiny, length=length, machine=machine)).predictor()
+def test_composed_bytes_are_those_of_a_dry_run(deep: str, machine: str, length: int) -> None:
+    predictor = settle(Question(deep, length=length, machine=machine)).predictor()
     draw = random.Random(length)
     errors = []
-    for choice in draw.sample(combinations(predictor), 8):
+    for choice in draw.sample(combinations(predictor), 4):
         predicted = predictor.predict(choice, draw.choice(predictor.micro_batch_sizes(choice)[:3]))
         confirmed, _ = predictor.confirm(predicted)
         errors.append(predicted.peak_bytes / confirmed.peak_bytes - 1)
-    assert len(errors) == 8
+    assert len(errors) == 4
     assert sorted(errors)[len(errors) // 2] == pytest.approx(0, abs=0.001)
-    assert min(errors) > -0.01
-    assert max(errors) < 0.06
+    assert max(map(abs, errors)) < 0.02
 
 
 def test_few_traces_serve_many_combinations(tiny: str) -> None:
@@ -49,7 +49,7 @@ def test_few_traces_serve_many_combinations(tiny: str) -> None:
             for size in predictor.micro_batch_sizes(choice):
                 predictor.predict(choice, size)
                 count += 1
-    assert count > 200
+    assert count > 100
     assert predictor.num_traced < 16
 
 
@@ -73,9 +73,10 @@ def test_checkpointing_trades_time_for_activations(tiny: str) -> None:
     assert 1.1 < with_it.step_seconds.middle / without.step_seconds.middle < 1.6
 
 
-def test_parameters_are_counted_without_the_whole_model(tiny: str) -> None:
-    case = settle(Question(tiny, length=96, machine="H100"))
-    expected = sum(p.numel() for p in random_model(case.config, torch.float32, 0).parameters())
+def test_parameters_are_counted_without_the_whole_model(deep: str) -> None:
+    case = settle(Question(deep, length=96, machine="H100"))
+    with FakeTensorMode():
+        expected = sum(p.numel() for p in random_model(case.config, torch.float32, 0).parameters())
     assert num_parameters(case.config, case.base) == expected
 
 
