@@ -244,26 +244,26 @@ class Predictor:
             by_kind = lines.at(tokens, inside)
             for new, old in changes:
                 by_kind = by_kind + _difference(new, old, name, tokens, inside)
-            by_kind[Kind.LOGITS] *= self._logits_share(choice, rows, moment)
+            factor = self._logits_factor(choice, rows, moment)
+            if factor is not None:
+                by_kind[Kind.LOGITS] = lines.at(base.tokens[0])[Kind.LOGITS] * factor
             if by_kind.sum() > best.sum():
                 best_name, best = name, by_kind
         return best_name, best
 
-    def _logits_share(self, choice: Choice, rows: Rows, moment: str) -> float:
-        """Return the logits of this micro-batch over those that were traced.
+    def _logits_factor(self, choice: Choice, rows: Rows, moment: str) -> float | None:
+        """Return the logits of this micro-batch over those of the smaller one that was traced; None for a whole loss.
 
-        In training two chunks are alive at once from the second one on: the loop's variables hold the one before.
+        They are those of a chunk, however many tokens there are. In training two chunks are alive at once from the
+        second one on: the loop's variables hold the one before.
         """
         loss = next((method for method in choice.methods if isinstance(method, SupervisedLoss)), None)
         if loss is None:
-            return 1.0
-        chunk = loss.chunk_tokens
-        several = chunk if moment == Moment.EVALUATION else 2 * chunk
-        now, traced = (
-            learnt if learnt <= chunk else several
-            for learnt in (rows.shape().num_supervised, self._shapes(choice)[0].num_supervised)
-        )
-        return min(1.0, now / traced)
+            return None
+
+        most = loss.chunk_tokens * (1 if moment == Moment.EVALUATION else 2)
+        now, traced = rows.shape().num_supervised, self._shapes(choice)[0].num_supervised
+        return min(now, most) / min(traced, most)
 
     def _changes(self, choice: Choice, base: Choice) -> list[tuple[Footprint, Footprint]]:
         """Return the pairs (with, without) whose differences lead from what was traced to what was asked for."""
@@ -320,11 +320,15 @@ class Predictor:
         return traced
 
     def _rows_do_not_matter(self, choice: Choice) -> bool:
-        """Say whether packed rows cost what padded ones of the same size do: the variable-length kernel sees to it."""
+        """Say whether packed rows cost what padded ones of the same size do: the variable-length kernel sees to it.
+
+        Not in autocast, which hands the two attentions copies of different tensors.
+        """
         precision = next(method for method in choice.methods if isinstance(method, Precision))
         is_16_bit = precision.storage_dtype.itemsize == 2
+        autocasts = choice["tuning"] is FULL and precision.trainable == "fp32"
         per_document = any(isinstance(method, Attention) and method.kind == "per_document" for method in choice.methods)
-        return per_document and is_16_bit and self.profile.kind == "cuda"
+        return per_document and is_16_bit and not autocasts and self.profile.kind == "cuda"
 
     def _reference(self, traced: Choice) -> Choice:
         """Return the combination on which losses and optimizers are compared: without what changes blocks only."""

@@ -25,6 +25,9 @@ CAUSAL_SHARE = 0.5
 ATTENTION_FRACTION = 0.6
 """Flash attention's rate over the best matmul's: 50 to 73 % of A100's peak (Dao 2023), where matmuls reach 87 %."""
 
+FLASH_2_FLOPS_PER_SECOND = 335e12
+"""The most that FlashAttention-2 reaches on an H100, whose new instructions it does not use (Dao 2023, section 4)."""
+
 CUDA_LAUNCH_SECONDS = 7e-6
 """Host time of one operator in eager torch, autograd and its share of Python included, where it was not measured."""
 
@@ -98,7 +101,7 @@ def _operator(key: WorkKey, entry: Work, machine: Machine, tf32: bool) -> float:
     if flops:
         rate = machine.achievable_flops(_dtype(key.dtype, machine, tf32))
         if is_attention(key):
-            flops, rate = flops * CAUSAL_SHARE, rate * ATTENTION_FRACTION
+            flops, rate = flops * CAUSAL_SHARE, min(rate * ATTENTION_FRACTION, FLASH_2_FLOPS_PER_SECOND)
     arithmetic = flops / rate if rate else 0.0
     return max(arithmetic, entry.moved_bytes / bandwidth(machine), shortest)
 

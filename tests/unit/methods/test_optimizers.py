@@ -158,7 +158,7 @@ def adafactor(theta: Tensor) -> Tensor:
         (Lion(), lion),
         (Adafactor(), adafactor),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_formula(method: Optimizer, formula: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(ours(method), formula(start()), rtol=1e-6, atol=1e-8)
