@@ -31,11 +31,13 @@ WARMING_STEPS = 3
 FEWEST_STEPS = 5
 """A run with fewer steps says nothing about speed."""
 
-DEFAULT_BAND = (0.80, 1.60)
-"""Factors around a prediction from catalogued ceilings; see benchmarks/estimate/throughput.py."""
+CATALOGUED = (1.0, 1.24, 1.6)
+"""Measured over predicted time where only the catalogue is known: about the 5th, 50th and 95th percentile of 142
+published rows on A100 and H100 (benchmarks/estimate/throughput.py). A roofline is a bound; this is how far steps stay
+behind it."""
 
-MEASURED_BAND = (0.85, 1.25)
-"""The same from ceilings that were measured on the machine itself."""
+MEASURED = (0.85, 1.0, 1.25)
+"""The same where the ceilings were measured on the machine itself. Not yet validated: a guess until runs correct it."""
 
 
 @dataclass(frozen=True)
@@ -150,23 +152,23 @@ def correction(machine: str, kind: str, *, is_measured: bool) -> Correction:
     Raises:
         InputError: the file is damaged.
     """
-    band = MEASURED_BAND if is_measured else DEFAULT_BAND
+    low, middle, high = MEASURED if is_measured else CATALOGUED
     kinds = {name: past for name, past in _read().get(machine, {}).items() if past}
     if not kinds:
-        ceilings = "measured ceilings" if is_measured else "catalogued ceilings"
-        return Correction(1.0, *band, f"{ceilings}, no past run on this machine: a band of {band[0]:g} to {band[1]:g}")
+        ceilings = "measured" if is_measured else "catalogued"
+        reason = f"{ceilings} ceilings times {low:g} to {high:g}, as no run on this machine is known yet"
+        return Correction(middle, low, high, reason)
     if kind not in kinds:
-        middle = statistics.median(statistics.median(past) for past in kinds.values())
-        low, high = (middle * factor for factor in band)
-        return Correction(middle, low, high, f"corrected by past runs on this machine, of other kinds than {kind}")
+        known = statistics.median(statistics.median(past) for past in kinds.values())
+        reason = f"corrected by past runs on this machine, of other kinds than {kind}"
+        return Correction(known, known * low / middle, known * high / middle, reason)
     past = kinds[kind]
-    middle = statistics.median(past)
+    known = statistics.median(past)
     reason = f"corrected by {len(past)} past runs of {kind} on this machine"
     if len(past) < FEW:
-        low, high = (middle * factor for factor in MEASURED_BAND)
-        return Correction(middle, low, high, reason)
+        return Correction(known, known * MEASURED[0], known * MEASURED[2], reason)
     deciles = statistics.quantiles(past, n=10, method="inclusive")
-    return Correction(middle, min(deciles[0], middle * 0.97), max(deciles[-1], middle * 1.03), reason)
+    return Correction(known, min(deciles[0], known * 0.97), max(deciles[-1], known * 1.03), reason)
 
 
 def _read() -> dict[str, dict[str, list[float]]]:

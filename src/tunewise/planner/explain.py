@@ -8,7 +8,7 @@ from tunewise.engine.tracking import Kind, Moment
 from tunewise.errors import Conflict, InputError, did_you_mean
 from tunewise.methods import BY_NAME
 from tunewise.planner.case import Case
-from tunewise.planner.predict import Prediction, Predictor, device_peak
+from tunewise.planner.predict import Prediction, Predictor
 from tunewise.planner.space import Axis, Choice, Option, axes
 
 
@@ -77,7 +77,7 @@ def _need(choice: Choice, size: int, predictor: Predictor) -> Need:
     if problem is not None:
         raise Conflict(f"'{choice.label}' is no recipe: {problem}")
     estimate = predictor.estimate(choice, rows)
-    moment, peak = device_peak(estimate)
+    peak = estimate.peak
     prediction = predictor.predict(choice, rows.micro_batch_size)
     traced = 2 if rows.micro_batches_per_step > 1 else 1
     scale = rows.positions_per_step / (traced * rows.largest_micro_batch)
@@ -85,8 +85,8 @@ def _need(choice: Choice, size: int, predictor: Predictor) -> Need:
     return Need(
         label=choice.label,
         kinds={kind.name.lower(): int(peak.kinds[kind]) for kind in Kind},
-        peak_bytes=peak.total_bytes + estimate.workspace_bytes,
-        peak_moment=str(moment),
+        peak_bytes=estimate.peak_bytes,
+        peak_moment=str(estimate.peak_moment),
         step_flops=in_micro_batches * scale + estimate.flops(Moment.UPDATE),
         step_seconds=prediction.step_seconds.middle,
         tokens_per_second=prediction.tokens_per_second.middle,

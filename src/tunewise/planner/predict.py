@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from tunewise.engine.device_profile import CUDA_HOPPER, PROFILES, DeviceProfile
 from tunewise.engine.dry_run import BatchShape, dry_run
-from tunewise.engine.estimate import Estimate, Peak
+from tunewise.engine.estimate import Estimate
 from tunewise.engine.tracking import Kind, Moment
 from tunewise.errors import InputError
 from tunewise.machine.machine import Machine
@@ -197,7 +197,7 @@ class Predictor:
     def confirm(self, prediction: Prediction) -> tuple[Prediction, Estimate]:
         """Return the prediction with the bytes of a dry run of this very recipe, and the dry run."""
         estimate = self.estimate(prediction.choice, prediction.rows)
-        moment, peak = device_peak(estimate)
+        moment, peak = estimate.peak_moment, estimate.peak
         confirmed = replace(
             prediction,
             kinds=dict(peak.kinds),
@@ -270,9 +270,7 @@ class Predictor:
         changes = [(self._footprint(new), self._footprint(old)) for new, old in _checkpointing_change(choice, base)]
         reference = self._reference(base)
         if choice["loss"] != base["loss"]:
-            changes.append(
-                (self._footprint(reference.replaced("loss", choice["loss"])), self._footprint(reference))
-            )
+            changes.append((self._footprint(reference.replaced("loss", choice["loss"])), self._footprint(reference)))
         if choice["optimizer"] != base["optimizer"]:
             small = reference.replaced("checkpointing", ALL_BLOCKS)
             other = small.replaced("optimizer", choice["optimizer"])
@@ -291,9 +289,7 @@ class Predictor:
         if choice["optimizer"] != base_choice["optimizer"]:
             small = reference.replaced("checkpointing", ALL_BLOCKS)
             other = small.replaced("optimizer", choice["optimizer"])
-            line = line + (
-                self._time_line(other, is_small=True) - self._time_line(small, is_small=True)
-            ).only_update()
+            line = line + (self._time_line(other, is_small=True) - self._time_line(small, is_small=True)).only_update()
         return line.step(rows, self.machine)
 
     def _time_line(self, choice: Choice, *, is_small: bool = False) -> TimeLine:
@@ -362,14 +358,6 @@ def _checkpointing_change(choice: Choice, traced: Choice) -> list[tuple[Choice, 
         return []
     kept = traced.replaced("tuning", LORA)
     return [(kept.replaced("checkpointing", choice["checkpointing"]), kept)]
-
-
-def device_peak(estimate: Estimate) -> tuple[Moment, Peak]:
-    """Return the fullest moment on the device; on CUDA the copies that saving makes are the host's."""
-    on_cpu = estimate.context_bytes == 0
-    moments = {m: p for m, p in estimate.moments.items() if on_cpu or m != Moment.SAVE}
-    moment = max(moments, key=lambda each: moments[each].total_bytes)
-    return moment, moments[moment]
 
 
 def _moment(place: str) -> str:

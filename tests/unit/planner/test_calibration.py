@@ -9,7 +9,7 @@ import pytest
 
 from tunewise.errors import InputError
 from tunewise.planner.calibration import (
-    DEFAULT_BAND,
+    CATALOGUED,
     MAX_RATIOS,
     Foretold,
     calibration_file,
@@ -27,8 +27,8 @@ def _empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_past_runs_there_is_a_band() -> None:
     fix = correction("T4", "lora bf16 packed", is_measured=False)
-    assert (fix.factor, fix.low, fix.high) == (1.0, *DEFAULT_BAND)
-    assert "no past run" in fix.reason
+    assert (fix.low, fix.factor, fix.high) == CATALOGUED
+    assert "no run on this machine is known" in fix.reason
 
 
 def test_past_runs_move_the_middle_and_make_the_interval() -> None:
@@ -53,7 +53,7 @@ def test_the_file_can_be_read_and_deleted_and_does_not_grow_for_ever() -> None:
     assert len(kept) == MAX_RATIOS
     assert kept[-1] == MAX_RATIOS + 5
     calibration_file().unlink()
-    assert correction("T4", "full", is_measured=False).factor == 1.0
+    assert correction("T4", "full", is_measured=False).factor == CATALOGUED[1]
 
 
 @pytest.mark.parametrize("content", ["{", '{"T4": [1]}', '{"T4": {"full": ["fast"]}}', "[]"])
