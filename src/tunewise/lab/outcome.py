@@ -1,0 +1,131 @@
+"""What came of a trial: a `Measurement`, or that memory ran out, or that it failed.
+
+Running out of memory, a crash and a time-out are outcomes, not exceptions: a study records them and goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from tunewise.recipe import Value
+
+
+class Interval(Value):
+    """A quantity with its interval (95 % where nothing else is said)."""
+
+    middle: float
+    low: float
+    high: float
+
+
+class Point(Value):
+    """One point of a loss curve."""
+
+    supervised_tokens: int
+    loss: float
+
+
+class NoiseSums(Value):
+    """What one global batch tells about the gradient's noise (see `engine.noise`).
+
+    Attributes:
+        squared_norm: an unbiased estimate of the squared norm of the true gradient.
+        variance: an unbiased estimate of the trace of the gradients' covariance, of one supervised token.
+    """
+
+    squared_norm: float
+    variance: float
+
+
+class Gate(Value):
+    """A trial's first global batch, by which its numbers are compared with another's.
+
+    Attributes:
+        loss: nats per supervised token.
+        norm: of the whole gradient.
+        sketch: a CountSketch of the gradient (`engine.sketch`), linear in it.
+        trainable: a hash of the names and shapes of what is trained; only equal ones can be compared.
+    """
+
+    loss: float
+    norm: float
+    sketch: tuple[float, ...]
+    trainable: str
+
+
+class Measurement(Value):
+    """What a trial measured; a field is None where the trial was not asked for it.
+
+    Attributes:
+        step_seconds: of a global step: median and quartiles, after warming up.
+        tokens_per_second: real tokens, no padding, in these steps.
+        peak_tensor_bytes: the most that torch's allocator held in the worst step, its update and its evaluation.
+        peak_resident_bytes: on a CPU the most that the process held beyond what it was started with.
+        worst_case: which batch that was.
+        gate: the first global batch's loss and gradient.
+        losses: training loss of each step, nats per supervised token.
+        curve: validation loss, by supervised tokens learnt.
+        loss: the last validation loss.
+        noise_two_batch: for each global batch, from micro-batches against the whole.
+        noise_per_example: for each global batch, from its documents one by one.
+        steps, supervised_tokens, tokens: what was learnt from.
+        training_seconds: of all steps, evaluation and start-up not counted.
+        trial_seconds: of the whole trial, from its start to its end.
+    """
+
+    kind: Literal["measurement"] = "measurement"
+    step_seconds: Interval | None = None
+    tokens_per_second: Interval | None = None
+    peak_tensor_bytes: int | None = None
+    peak_resident_bytes: int | None = None
+    worst_case: str = ""
+    gate: Gate | None = None
+    losses: tuple[float, ...] = ()
+    curve: tuple[Point, ...] = ()
+    loss: float | None = None
+    noise_two_batch: tuple[NoiseSums, ...] = ()
+    noise_per_example: tuple[NoiseSums, ...] = ()
+    steps: int = 0
+    supervised_tokens: int = 0
+    tokens: int = 0
+    training_seconds: float = 0.0
+    trial_seconds: float = 0.0
+
+
+class OutOfMemory(Value):
+    """The trial needed more memory than there is, or than it was allowed."""
+
+    kind: Literal["out_of_memory"] = "out_of_memory"
+    reason: str
+    log: str = ""
+    trial_seconds: float = 0.0
+
+
+class Failed(Value):
+    """The trial ended in another way: an error, a crash of the interpreter, a time-out.
+
+    Attributes:
+        reason: one line.
+        log: where the trial's output is.
+    """
+
+    kind: Literal["failed"] = "failed"
+    reason: str
+    log: str = ""
+    trial_seconds: float = 0.0
+
+
+Outcome = Annotated[Measurement | OutOfMemory | Failed, Field(discriminator="kind")]
+
+_ADAPTER: TypeAdapter[Measurement | OutOfMemory | Failed] = TypeAdapter(Outcome)
+
+
+def outcome_from_json(text: str | bytes) -> Measurement | OutOfMemory | Failed:
+    """Read an outcome.
+
+    Raises:
+        ValueError: the text is no outcome.
+    """
+    return _ADAPTER.validate_json(text)
