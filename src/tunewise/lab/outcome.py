@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from tunewise.engine.noise_sums import NoiseSums
 from tunewise.recipe import Value
 
 
@@ -25,18 +26,6 @@ class Point(Value):
 
     supervised_tokens: int
     loss: float
-
-
-class NoiseSums(Value):
-    """What one global batch tells about the gradient's noise (see `engine.noise`).
-
-    Attributes:
-        squared_norm: an unbiased estimate of the squared norm of the true gradient.
-        variance: an unbiased estimate of the trace of the gradients' covariance, of one supervised token.
-    """
-
-    squared_norm: float
-    variance: float
 
 
 class Gate(Value):
