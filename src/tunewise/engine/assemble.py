@@ -36,8 +36,12 @@ class Plan:
     num_steps: int
 
 
-def settle(recipe: Recipe) -> Plan:
+def settle(recipe: Recipe, data: Prepared | None = None) -> Plan:
     """Complete the recipe and prepare its data; cheap, and most of a user's mistakes show here.
+
+    Args:
+        recipe: what is to be done.
+        data: the recipe's data where they were prepared before; None prepares them.
 
     Raises:
         InputError: recipe, model folder or data are wrong.
@@ -48,8 +52,9 @@ def settle(recipe: Recipe) -> Plan:
     recipe = complete(recipe, config, device)
     refuse_conflicts(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    vocab_size = len(tokenizer) if recipe.model.resize_vocabulary else config.get_text_config().vocab_size
-    data = prepare(recipe, tokenizer, context_length(config), max(vocab_size, 1))
+    if data is None:
+        vocab_size = len(tokenizer) if recipe.model.resize_vocabulary else config.get_text_config().vocab_size
+        data = prepare(recipe, tokenizer, context_length(config), max(vocab_size, 1))
     num_steps = total_steps(GlobalBatches(data.train, recipe.batch, recipe.seed), recipe.training)
     return Plan(complete_intervals(recipe, num_steps), device, config, tokenizer, data, num_steps)
 

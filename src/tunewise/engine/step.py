@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from tunewise.engine.noise import NoiseMeter
 from tunewise.methods.method import ParameterGroup, Run
 from tunewise.workload.batches import MicroBatch
 
@@ -29,7 +30,13 @@ def autocast(run: Run) -> AbstractContextManager[object]:
     return torch.autocast(run.device.type, dtype=run.autocast_dtype)
 
 
-def gradients(run: Run, batches: Iterable[MicroBatch], num_supervised: int, scaler: torch.amp.GradScaler) -> Tensor:
+def gradients(
+    run: Run,
+    batches: Iterable[MicroBatch],
+    num_supervised: int,
+    scaler: torch.amp.GradScaler,
+    meter: NoiseMeter | None = None,
+) -> Tensor:
     """Add the gradients of one global step to the parameters and return its loss (nats per supervised token).
 
     Args:
@@ -37,7 +44,10 @@ def gradients(run: Run, batches: Iterable[MicroBatch], num_supervised: int, scal
         batches: the micro-batches of the step, made one after another.
         num_supervised: supervised tokens of the whole step, over all its micro-batches.
         scaler: fp16's loss scaler; one that is disabled changes nothing.
+        meter: looks at what each micro-batch adds to the gradients, where somebody wants to know their noise.
     """
+    if meter is not None:
+        meter.start()
     total = torch.zeros((), dtype=torch.float32, device=run.device)
     for batch in batches:
         on_device = batch.to(run.device)
@@ -46,6 +56,8 @@ def gradients(run: Run, batches: Iterable[MicroBatch], num_supervised: int, scal
             loss = run.loss(run, on_device) / num_supervised
         scaler.scale(loss).backward()
         total += loss.detach()
+        if meter is not None:
+            meter.after_micro_batch(batch.num_supervised)
     return total
 
 

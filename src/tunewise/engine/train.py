@@ -25,6 +25,8 @@ from tunewise.engine import checkpoint
 from tunewise.engine.evaluate import validation_loss
 from tunewise.engine.guard import check_finite_and_steady, smaller_layout
 from tunewise.engine.host_memory import TRIM_EVERY_STEPS, give_back_free_memory
+from tunewise.engine.noise import NoiseMeter
+from tunewise.engine.noise_sums import NoiseSums
 from tunewise.engine.run_folder import RunFolder
 from tunewise.engine.schedule import learning_rate_factor
 from tunewise.engine.signals import StopRequest
@@ -81,9 +83,33 @@ class Training:
     """One training run: a Run, its data, its folder and its progress."""
 
     def __init__(
-        self, run: Run, train: Corpus, validation: Corpus, num_steps: int, folder: RunFolder, observe: Observe
+        self,
+        run: Run,
+        train: Corpus,
+        validation: Corpus,
+        num_steps: int,
+        folder: RunFolder,
+        observe: Observe,
+        *,
+        saves: bool = True,
+        measures_noise: bool = False,
     ) -> None:
+        """Prepare a training of `run`.
+
+        Args:
+            run: what is trained.
+            train, validation: the documents.
+            num_steps: optimizer steps of the whole run.
+            folder: an open run folder.
+            observe: called with every line that goes to `metrics.jsonl`.
+            saves: whether checkpoints are written; a trial that nobody resumes does without.
+            measures_noise: whether the gradient's noise is taken from steps of several micro-batches (`noise`); it
+                keeps a copy of what the gradients were before.
+        """
         recipe = run.recipe
+        self.saves = saves
+        self.noise: list[NoiseSums] = []
+        self._meter = NoiseMeter(parameter for _, parameter in run.trainable()) if measures_noise else None
         self.built, self.corpus, self.validation = run, train, validation
         self.num_steps, self.folder, self._observe = num_steps, folder, observe
         self.batches = GlobalBatches(train, recipe.batch, recipe.seed)
@@ -155,6 +181,8 @@ class Training:
         num_supervised = int(self.corpus.num_supervised[documents].sum())
         random_state = random_states(run.device)
         loss = self._gradients_that_fit(documents, num_supervised)
+        if self._meter is not None and (sums := self._meter.finish(num_supervised, self.scaler.get_scale())):
+            self.noise.append(sums)
         norm = 0.0 if run.update_in_backward else float(clipped_norm(run, self.optimizer, self.scaler))
         try:
             check_finite_and_steady(self, loss, norm, documents)
@@ -196,7 +224,8 @@ class Training:
         random_state = random_states(run.device)
         while True:
             try:
-                return float(gradients(run, self._micro_batches(documents), num_supervised, self.scaler))
+                batches = self._micro_batches(documents)
+                return float(gradients(run, batches, num_supervised, self.scaler, self._meter))
             except (RuntimeError, MemoryError) as error:
                 run.layout = smaller_layout(self, error, "training", run.layout, self.corpus.lengths[documents])
             progress.micro_batch_size, progress.row_tokens = run.layout.micro_batch_size, run.layout.row_tokens
@@ -274,7 +303,7 @@ class Training:
 
     def _save(self) -> None:
         progress = self.progress
-        if self._saved == progress:
+        if self._saved == progress or not self.saves:
             return
         tensors, state = capture(self.built, self.optimizer, self.scaler, progress)
         path = checkpoint.save_checkpoint(
