@@ -50,6 +50,20 @@ def parse_seconds(text: str | float) -> float:
     return sum(_parse(part, _SECOND_UNITS, "a duration such as 30m or 2h") for part in parts)
 
 
+def parse_budget(text: str, price_per_hour: float | None) -> float:
+    """Read a budget as seconds: a duration ("30m"), or money ("$5", "5 EUR") at a price per hour.
+
+    Raises:
+        InputError: the text is neither, or money without a price.
+    """
+    money = re.fullmatch(r"\s*(?:[$€£]\s*([\d.]+)|([\d.]+)\s*(?:[$€£]|USD|EUR|GBP))\s*", text, re.IGNORECASE)
+    if money is None:
+        return parse_seconds(text)
+    if price_per_hour is None or price_per_hour <= 0:
+        raise InputError(f"A budget of {text.strip()} needs the machine's price per hour: --price 2.50")
+    return float(money.group(1) or money.group(2)) / price_per_hour * 3600
+
+
 def _parse(text: str, units: dict[str, int] | dict[str, float], wanted: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if match is None or match.group(2).lower() not in units:

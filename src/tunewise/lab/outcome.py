@@ -28,6 +28,21 @@ class Point(Value):
     loss: float
 
 
+class MicroBatchTime(Value):
+    """Forward and backward of micro-batches of one size.
+
+    Attributes:
+        tokens: real tokens in one, on average.
+        seconds: of one, median and quartiles.
+        peak_tensor_bytes: the most that torch's allocator held.
+    """
+
+    micro_batch_size: int
+    tokens: float
+    seconds: Interval
+    peak_tensor_bytes: int
+
+
 class Gate(Value):
     """A trial's first global batch, by which its numbers are compared with another's.
 
@@ -59,6 +74,7 @@ class Measurement(Value):
         loss: the last validation loss.
         noise_two_batch: for each global batch, from micro-batches against the whole.
         noise_per_example: for each global batch, from its documents one by one.
+        micro_batches, update_seconds: throughput by size of the micro-batch, and the optimizer's part of a step.
         steps, supervised_tokens, tokens: what was learnt from.
         training_seconds: of all steps, evaluation and start-up not counted.
         trial_seconds: of the whole trial, from its start to its end.
@@ -76,6 +92,8 @@ class Measurement(Value):
     loss: float | None = None
     noise_two_batch: tuple[NoiseSums, ...] = ()
     noise_per_example: tuple[NoiseSums, ...] = ()
+    micro_batches: tuple[MicroBatchTime, ...] = ()
+    update_seconds: Interval | None = None
     steps: int = 0
     supervised_tokens: int = 0
     tokens: int = 0

@@ -1,0 +1,134 @@
+"""The one place where trials are run: looked up first, run in a process of their own, kept, and counted as spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunewise.lab.executor import Executor
+from tunewise.lab.findings import Cost
+from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
+from tunewise.lab.storage import STUDIES, Storage
+from tunewise.lab.trial import Trial
+
+WORKER = "tunewise.lab.worker:run_trial"
+
+SHORTEST_TIMEOUT = 60.0
+"""No trial is stopped before; a machine may be busy."""
+
+PATIENCE = 8.0
+"""A trial may take so many times what was expected."""
+
+Tell = Callable[[str, float], None]
+"""Called before and after each trial with what is tried and the seconds that all trials so far have cost."""
+
+
+@dataclass
+class Spent:
+    """What a part of the tuning has cost."""
+
+    num_trials: int = 0
+    num_failed: int = 0
+    num_reused: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Laboratory:
+    """Runs the trials of one tuning.
+
+    Attributes:
+        storage: where finished trials are kept.
+        executor: how they are run.
+        folder: gets a folder a trial, with its log.
+        data_folder: the tokenized data.
+        circumstances: what outcomes depend on besides the trial: fingerprints, machine, versions, memory limit.
+        retry_failed: whether trials that failed before are tried again.
+        tell: who watches.
+        spent: by study.
+    """
+
+    storage: Storage
+    executor: Executor
+    folder: Path
+    data_folder: Path
+    circumstances: dict[str, Any]
+    retry_failed: bool = False
+    tell: Tell = lambda what, seconds: None
+    spent: dict[str, Spent] = field(default_factory=dict)
+
+    def run(
+        self,
+        study: str,
+        trial: Trial,
+        *,
+        params: Mapping[str, Any],
+        role: str,
+        expected_seconds: float,
+    ) -> Measurement | OutOfMemory | Failed:
+        """Return the outcome of `trial`: from the storage, or by running it.
+
+        Args:
+            study: one of `storage.STUDIES`.
+            trial: what is tried.
+            params: what the study varies, for its dashboard.
+            role: what the trial is for, in words.
+            expected_seconds: a trial that takes many times longer is stopped.
+        """
+        key = trial.key(self.circumstances)
+        account = self.spent.setdefault(study, Spent())
+        known = self.storage.find(key)
+        if known is not None and not (self.retry_failed and isinstance(known, Failed)):
+            self._count(account, known, is_reused=True)
+            return known
+        self.tell(role, self.spent_seconds)
+        outcome = self.executor.run(
+            WORKER,
+            {
+                "trial": trial.model_dump(mode="json"),
+                "data_folder": str(self.data_folder),
+                "folder": str(self.folder / key),
+            },
+            self.folder / key,
+            timeout=max(SHORTEST_TIMEOUT, PATIENCE * expected_seconds),
+        )
+        self.storage.add(
+            study,
+            key,
+            outcome,
+            params=params,
+            values=_values(study, outcome),
+            attributes={"role": role, "outcome kind": outcome.kind, "reason": getattr(outcome, "reason", "")},
+        )
+        self._count(account, outcome, is_reused=False)
+        self.tell(role, self.spent_seconds)
+        return outcome
+
+    @property
+    def spent_seconds(self) -> float:
+        """What all trials of this tuning have cost, those that were found again included."""
+        return sum(each.seconds for each in self.spent.values())
+
+    def costs(self) -> tuple[Cost, ...]:
+        """Return the account, by study."""
+        return tuple(Cost(part=name, **vars(each)) for name, each in self.spent.items())
+
+    @staticmethod
+    def _count(account: Spent, outcome: Measurement | OutOfMemory | Failed, *, is_reused: bool) -> None:
+        account.num_trials += 1
+        account.num_failed += not isinstance(outcome, Measurement)
+        account.num_reused += is_reused
+        account.seconds += outcome.trial_seconds
+
+
+def _values(study: str, outcome: Measurement | OutOfMemory | Failed) -> tuple[float, ...] | None:
+    """Return what the study minimizes, None where the outcome does not have all of it."""
+    if not isinstance(outcome, Measurement):
+        return None
+    if len(STUDIES[study]) == 1:
+        return None if outcome.loss is None else (outcome.loss,)
+    if outcome.step_seconds is None or outcome.peak_tensor_bytes is None:
+        return None
+    return outcome.step_seconds.middle, float(outcome.peak_tensor_bytes)

@@ -1,0 +1,340 @@
+"""Which methods reach the chosen batch most cheaply, and what each one contributes.
+
+    predict      the planner says what cannot fit; that is not tried
+    baseline     everything off that can be off
+    alone        each method by itself; its first loss and gradient are compared with the baseline's (`gate`)
+    factorial    a two-level design over the methods that passed; effects and interactions on logarithms
+    candidates   what the fitted effects promise to be fastest, measured in turns
+    ladder       methods of the winner added one after another
+    left out     the winner without each of its methods
+
+Every trial learns from the same documents in the same order, so a loss stands beside each speed at equal tokens. Equal
+recipes are equal trials and are measured once, whatever they are needed for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tunewise.errors import Conflict, InputError
+from tunewise.lab.design import Design, two_level
+from tunewise.lab.effects import EffectModel, fit_effects
+from tunewise.lab.factors import FactorSpace, On
+from tunewise.lab.gate import Verdict, compare
+from tunewise.lab.laboratory import Laboratory
+from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
+from tunewise.lab.trial import Trial
+from tunewise.planner.predict import Prediction
+
+CLEARLY_FASTER = 0.10
+"""A method that exists to save memory must save this part of the time to be chosen where memory suffices."""
+
+FINALISTS = 3
+SURELY_FITS = 0.5
+"""Of the limit: a baseline that needs no more leaves every other combination enough, and no more is predicted."""
+
+EVALUATED = 32
+"""Validation documents of a trial; the same ones in each, so few are enough to compare by."""
+
+REPEATS = 3
+"""How often the finalists are measured, in turns."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One combination that was tried.
+
+    Attributes:
+        on: the factors that are on.
+        role: what it was first tried for.
+        outcomes: of each repetition.
+        gate: how its first batch compares; None where there is nothing to compare with.
+    """
+
+    on: On
+    role: str
+    outcomes: tuple[Measurement | OutOfMemory | Failed, ...]
+    gate: Verdict | None = None
+
+    @property
+    def measured(self) -> tuple[Measurement, ...]:
+        """The measurements among the outcomes."""
+        return tuple(outcome for outcome in self.outcomes if isinstance(outcome, Measurement))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step, the median over repetitions; infinite where there is no measurement."""
+        values = sorted(m.step_seconds.middle for m in self.measured if m.step_seconds is not None)
+        return values[len(values) // 2] if values else math.inf
+
+    @property
+    def peak_bytes(self) -> float:
+        """Peak of tensor memory; infinite where there is no measurement."""
+        values = [m.peak_tensor_bytes for m in self.measured if m.peak_tensor_bytes is not None]
+        return float(max(values)) if values else math.inf
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it was measured and its numbers agree with the plain form's."""
+        return bool(self.measured) and (self.gate is None or self.gate.passed)
+
+
+@dataclass
+class MethodStudy:
+    """Runs the trials of the methods; `run` is the whole procedure.
+
+    Attributes:
+        space: the factors; it shrinks as methods turn out not to fit or not to agree.
+        limit_bytes: what a recipe may take, the safety margin taken off.
+        budget_seconds: for all trials together.
+        wanted, unwanted: factors that the user wants on or off.
+        warm_up, steps: of every trial.
+    """
+
+    laboratory: Laboratory
+    space: FactorSpace
+    limit_bytes: int
+    budget_seconds: float
+    step_seconds: float
+    wanted: On = frozenset()
+    unwanted: On = frozenset()
+    warm_up: int = 1
+    steps: int = 4
+    tried: dict[On, Tried] = field(default_factory=dict)
+    excluded: list[tuple[str, str]] = field(default_factory=list)
+    ladder: list[On] = field(default_factory=list)
+    model_time: EffectModel | None = None
+    model_memory: EffectModel | None = None
+    _baseline_bytes: float | None = None
+    winner: On = frozenset()
+    runner_up: On | None = None
+
+    def run(self) -> None:
+        """Find the winner and what each method contributes, as far as the budget goes.
+
+        Raises:
+            InputError: nothing could be measured, or nothing fits.
+        """
+        self._hold_what_must_be_on()
+        self._try(frozenset(), "baseline")
+        self._alone()
+        self._factorial()
+        self._choose()
+        self._ladder()
+        self._left_out()
+
+    def _hold_what_must_be_on(self) -> None:
+        """Without some methods nothing fits: they stay on, the most harmless first."""
+        self.space = self.space.without(self.unwanted & set(self.space.names)).holding(
+            self.wanted & set(self.space.names)
+        )
+        order = sorted(self.space.factors, key=lambda f: (not f.saves_memory_only, f.fidelity == "learning"))
+        for factor in order:
+            if self._predicted_to_fit(frozenset()):
+                return
+            needed = [switch.requires for switch in self.space.switches if switch.factor.name == factor.name]
+            held = {factor.name, *needed} - {""}
+            self.space = self.space.holding(held & set(self.space.names))
+            self.excluded.append((f"without {factor.name}", "predicted not to fit into memory"))
+
+    def _predicted_to_fit(self, on: On) -> bool:
+        """Say whether the planner lets a combination be tried; where the baseline is far from the limit, at once."""
+        if self._baseline_bytes is None:
+            plain = self.predicted(frozenset())
+            self._baseline_bytes = math.inf if plain is None else float(plain.peak_bytes)
+        if self._baseline_bytes <= SURELY_FITS * self.limit_bytes:
+            return True
+        prediction = self.predicted(on)
+        return prediction is None or prediction.peak_bytes <= self.limit_bytes
+
+    def predicted(self, on: On) -> Prediction | None:
+        """Return what the planner predicts, None where it cannot tell."""
+        space = self.space
+        try:
+            return space.predictor.predict(space.choice(on), space.micro_batch_size(on))
+        except (Conflict, InputError):
+            return None
+
+    def _alone(self) -> None:
+        """Try each method by itself; one that fails or whose numbers disagree leaves the study."""
+        for name in self.space.names:
+            on = self._closed(frozenset({name}))
+            found = self._try(on, "alone")
+            if found is None:
+                continue
+            if not found.is_sound:
+                self._exclude(name, _why(found))
+        baseline = self.tried.get(frozenset())
+        if baseline is None or (not baseline.measured and not any(t.measured for t in self.tried.values())):
+            raise InputError(
+                "None of the trials of the methods could be measured: "
+                + (_why(baseline) if baseline else "the baseline was not tried")
+            )
+
+    def _exclude(self, name: str, reason: str) -> None:
+        self.excluded.append((name, reason))
+        self.space = self.space.without([name])
+
+    def _closed(self, on: On) -> On:
+        """Return a set of factors with what its members require."""
+        required = {s.requires for s in self.space.switches if s.factor.name in on and s.requires}
+        return frozenset(on | (required & set(self.space.names)))
+
+    def _factorial(self) -> None:
+        """Measure a two-level design and fit effects on logarithms; without budget for it the single effects count."""
+        names = self.space.names
+        if not names:
+            return
+        design = two_level(names, lambda on: self.space.refusal(on) is None and self._predicted_to_fit(on))
+        if self._cost(len(self._new(design))) > 0.6 * self._budget_left():
+            self.excluded.append(("interactions", "the budget does not suffice for a factorial design"))
+            return
+        for on in design.runs:
+            self._try(on, "factorial")
+        self._fit()
+
+    def _new(self, design: Design) -> list[On]:
+        return [on for on in design.runs if on not in self.tried]
+
+    def _fit(self) -> None:
+        """Fit the effects through everything that was measured, the baseline and the single ones included."""
+        sound = [tried for tried in self.tried.values() if tried.measured and set(tried.on) <= set(self.space.names)]
+        runs = [tried.on for tried in sound]
+        self.model_time = fit_effects(self.space.names, runs, [tried.seconds for tried in sound])
+        self.model_memory = fit_effects(self.space.names, runs, [tried.peak_bytes for tried in sound])
+
+    def _choose(self) -> None:
+        """Measure the most promising combinations in turns and take the fastest that fits and is sound."""
+        promising = self._promising()
+        for repeat in range(REPEATS):
+            for on in promising:
+                if repeat == 0 or self._budget_left() > self._cost(1):
+                    self._try(on, "candidate", repeat)
+        fitting = [self.tried[on] for on in promising if on in self.tried and self.tried[on].is_sound]
+        fitting = [tried for tried in fitting if tried.peak_bytes <= self.limit_bytes]
+        if not fitting:
+            measured = [t for t in self.tried.values() if t.is_sound and t.peak_bytes <= self.limit_bytes]
+            fitting = [t for t in measured if self._keeps_what_is_learnt(t.on)] or measured
+        if not fitting:
+            raise InputError("No combination of methods that was tried fits into memory and computes what it should.")
+        ranked = sorted(fitting, key=lambda tried: tried.seconds)
+        self.winner = ranked[0].on
+        self.runner_up = ranked[1].on if len(ranked) > 1 else None
+
+    def _promising(self) -> list[On]:
+        """Combinations that learn the user's problem, by predicted speed; memory methods only where they are needed."""
+        candidates = [on for on in self._combinations() if self._keeps_what_is_learnt(on)]
+        scored = [(self._expected_seconds(on), on) for on in candidates if self._expected_to_fit(on)]
+        memory = {f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning"}
+        lean = [(seconds, on) for seconds, on in scored if not on & memory]
+        best_lean = min((seconds for seconds, _ in lean), default=math.inf)
+        allowed = [
+            (seconds, on) for seconds, on in scored if not on & memory or seconds < (1 - CLEARLY_FASTER) * best_lean
+        ]
+        ordered = sorted(allowed or scored, key=lambda pair: (pair[0], len(pair[1]), sorted(pair[1])))
+        return [on for _, on in ordered[:FINALISTS]]
+
+    def _combinations(self) -> list[On]:
+        sets: list[On] = [frozenset()]
+        for name in self.space.names:
+            sets += [on | {name} for on in sets]
+        return [on for on in sets if self.space.refusal(on) is None]
+
+    def _keeps_what_is_learnt(self, on: On) -> bool:
+        """Say whether the methods that change what is learnt are those of the user's recipe."""
+        learning = {factor.name for factor in self.space.factors if factor.fidelity == "learning"}
+        return on & learning == self.space.of_base() & learning
+
+    def _expected_seconds(self, on: On) -> float:
+        if on in self.tried:
+            return self.tried[on].seconds
+        if self.model_time is not None:
+            return self.model_time.predict(on).middle
+        return self._product(on)
+
+    def _product(self, on: On) -> float:
+        """Return the baseline's seconds times the effects that each method has alone."""
+        base = self.tried[frozenset()].seconds
+        seconds = base
+        for name in on:
+            alone = self.tried.get(self._closed(frozenset({name})))
+            seconds *= alone.seconds / base if alone is not None and math.isfinite(alone.seconds) else 1.0
+        return seconds
+
+    def _expected_to_fit(self, on: On) -> bool:
+        if on in self.tried:
+            return self.tried[on].peak_bytes <= self.limit_bytes
+        return self._predicted_to_fit(on)
+
+    def _ladder(self) -> None:
+        """Add the winner's methods one after another, in the order of the space."""
+        on: On = frozenset()
+        self.ladder = [on]
+        for name in self.space.names:
+            if name in self.winner:
+                on = on | {name}
+                if self.space.refusal(on) is None and self._try(on, "ladder") is not None:
+                    self.ladder.append(on)
+
+    def _left_out(self) -> None:
+        for name in self.space.names:
+            rest = self.winner - {name}
+            if name in self.winner and self.space.refusal(rest) is None:
+                self._try(rest, "left out")
+
+    def _try(self, on: On, role: str, repeat: int = 0) -> Tried | None:
+        """Measure a combination, or find it where it was measured; None where the planner says that it cannot fit."""
+        known = self.tried.get(on)
+        if known is not None and repeat < len(known.outcomes):
+            return known
+        if not self._predicted_to_fit(on):
+            self.excluded.append((self.space.label(on), "predicted not to fit into memory"))
+            return None
+        recipe = self.space.recipe(on)
+        evaluation = recipe.evaluation.model_copy(
+            update={"max_documents": min(EVALUATED, recipe.evaluation.max_documents)}
+        )
+        recipe = recipe.replace(evaluation=evaluation)
+        trial = Trial.of("measure", recipe, warm_up=self.warm_up, steps=self.steps, repeat=repeat)
+        outcome = self.laboratory.run(
+            "methods",
+            trial,
+            params={name: name in on for name in self.space.names},
+            role=f"{role}: {self.space.label(on)}",
+            expected_seconds=self._cost(1),
+        )
+        outcomes = (outcome,) if known is None else (*known.outcomes, outcome)
+        found = Tried(on, known.role if known else role, outcomes, self._gate(on, recipe, outcome))
+        self.tried[on] = found
+        return found
+
+    def _gate(self, on: On, recipe: object, outcome: Measurement | OutOfMemory | Failed) -> Verdict | None:
+        """Compare a combination's first batch with that of the same learning problem in its plain form."""
+        learning = {factor.name for factor in self.space.factors if factor.fidelity == "learning"}
+        reference = self.tried.get(on & frozenset(learning))
+        if reference is None or not isinstance(outcome, Measurement) or outcome.gate is None:
+            return None
+        plain = next((m.gate for m in reference.measured if m.gate is not None), None)
+        if plain is None or plain.trainable != outcome.gate.trainable or on == reference.on:
+            return None
+        is_half = bool(on & {"bf16", "fp16"} or self.space.held & {"bf16", "fp16"})
+        return compare(outcome.gate, plain, is_half=is_half)
+
+    def _cost(self, num_trials: int) -> float:
+        """Return the expected seconds of so many more trials, from those that have been."""
+        account = self.laboratory.spent.get("methods")
+        if account is None or not account.num_trials:
+            return num_trials * ((self.warm_up + self.steps + 5) * self.step_seconds + 2.0)
+        return num_trials * account.seconds / account.num_trials
+
+    def _budget_left(self) -> float:
+        account = self.laboratory.spent.get("methods")
+        return self.budget_seconds - (account.seconds if account else 0.0)
+
+
+def _why(tried: Tried) -> str:
+    """Say in one line why a combination is out."""
+    if tried.gate is not None and not tried.gate.passed:
+        return tried.gate.sentence
+    return next((o.reason for o in tried.outcomes if not isinstance(o, Measurement)), "it gave no measurement")
