@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -47,4 +48,27 @@ def test_the_real_step_allocates_what_the_dry_one_says(architecture: str, combin
     assert row.left_out is None
     assert row.predicted["step"] == pytest.approx(row.measured["step"], rel=0.01)
     assert row.predicted["evaluation"] == pytest.approx(row.measured["evaluation"], rel=0.02)
+    assert row.predicted["save"] == pytest.approx(row.measured["save"], rel=0.01)
+
+
+PEFT: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "BOFT", {"boft_block_size": 4}),
+    ("mistral", "PREFIX_TUNING", {"num_virtual_tokens": 8}),
+    ("qwen3", "TRAINABLE_TOKENS", {"token_indices": list(range(40))}),
+    ("llama", "VERA", {"r": 16}),
+    ("phi3", "WAVEFT", {"target_modules": ["qkv_proj"], "n_frequency": 500}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "kind", "options"), PEFT)
+def test_a_step_with_an_adapter_of_peft(
+    architecture: str, kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = {"peft": {"kind": kind, "options": options}, "precision": {"compute": "fp32"}, "whole_loss": {}}
+    monkeypatch.setitem(benchmark.COMBINATIONS, kind, (methods, {}))
+    case = benchmark.Case(architecture, kind, depth=4, rows=2, length=64, supervised=0.6, micro_batches=1)
+    row = benchmark.run_case(case)
+    assert row.left_out is None
+    assert row.predicted["step"] == pytest.approx(row.measured["step"], rel=0.001)
+    assert row.predicted["evaluation"] == pytest.approx(row.measured["evaluation"], rel=0.001)
     assert row.predicted["save"] == pytest.approx(row.measured["save"], rel=0.01)

@@ -119,6 +119,9 @@ def test_a_second_micro_batch_meets_the_gradients_of_the_first() -> None:
         ("gemma2", 8, {}),
         ("gemma3_text", 19, {"checkpointing": {"policy": "selective"}}),
         ("mixtral", 8, {"adafactor": {}}),
+        ("llama", 8, {"peft": {"kind": "LILY", "options": {"stride_A": 2, "r": 4}}}),
+        ("llama", 8, {"peft": {"kind": "ADAPTION_PROMPT", "options": {"adapter_len": 4, "adapter_layers": 2}}}),
+        ("llama", 8, {"peft": {"kind": "LOHA", "options": {"r": 4, "layers_to_transform": [6, 7]}}}),
     ],
 )
 def test_extended_depth_equals_a_trace_of_all_blocks(architecture: str, depth: int, methods: dict[str, Any]) -> None:
@@ -134,6 +137,19 @@ def test_extended_depth_equals_a_trace_of_all_blocks(architecture: str, depth: i
     assert extended.flops() == pytest.approx(flops, rel=1e-9)
     assert extended.total_parameters == whole.total_parameters
     assert extended.trainable_parameters == whole.trainable_parameters
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "TINYLORA", "options": {"weight_tying": 0.5}},
+        {"kind": "HIRA", "options": {"rank_pattern": {"layers.3.self_attn.q_proj": 7}}},
+        {"kind": "LILY", "options": {"stride_A": 5}},
+    ],
+)
+def test_options_that_tell_blocks_apart_forbid_extension(options: dict[str, Any]) -> None:
+    config = config_of("llama", 8)
+    assert shallow_depths(config, recipe_of(config, {"peft": options})) is None
 
 
 def test_a_large_model_is_never_instantiated() -> None:

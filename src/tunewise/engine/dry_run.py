@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,6 +22,7 @@ from tunewise.engine.device_profile import PROFILES, DeviceKind, DeviceProfile
 from tunewise.engine.estimate import Estimate, Trace
 from tunewise.engine.evaluate import summed_loss
 from tunewise.engine.extension import extend, shallow, shallow_depths
+from tunewise.engine.fake_tensors import Answers, FakeTensors
 from tunewise.engine.state import Progress, capture
 from tunewise.engine.step import (
     clipped_norm,
@@ -144,8 +143,7 @@ def trace(
     finish: Callable[[Run], object] | None = None,
 ) -> Trace:
     """Run the step of the whole model (no extension in depth) on fake tensors and return what was seen."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # real ones: the generator's state in a checkpoint
-    with fake, _Answers(), torch.random.fork_rng(devices=[]):
+    with FakeTensors(), Answers(), torch.random.fork_rng(devices=[]):
         dry = _DryStep(recipe, config, profile)
         if all(len(row) == 1 for shape in batches for row in shape.document_lengths):
             use_unpacked_mask(base_model_of(dry.run.model))
@@ -169,6 +167,7 @@ class _DryStep:
         if precision is None:
             raise ValueError("the recipe is not complete; pass it through tunewise.methods.complete first")
         model = random_model(config, precision.loading_dtype(recipe), recipe.seed)
+        vocab_size = model.get_input_embeddings().num_embeddings
         of_the_base = list(model.parameters())  # held, so that no new parameter takes the identity of a freed one
         self.run = run = build(recipe, model, torch.device(profile.kind), is_dry=True)
         # Methods have chosen for the target; fake tensors live on the CPU whatever it is: a torch without CUDA cannot
@@ -182,7 +181,7 @@ class _DryStep:
         set_learning_rate(self.optimizer, 1e-3)
         self._make_state()
         self.tracker = Tracker(
-            vocab_size=inner.get_input_embeddings().num_embeddings,
+            vocab_size=vocab_size,
             granularity=profile.granularity_bytes,
             workspace=cpu_workspace if profile.kind == "cpu" else None,
             has_fused_dropout=profile.kind == "cuda",
@@ -275,22 +274,3 @@ class _Scaler(torch.amp.GradScaler):
     ) -> Any:
         del optimizer_state
         return optimizer.step(*args, **kwargs)
-
-
-class _Answers(TorchDispatchMode):
-    """What fake tensors cannot answer by themselves.
-
-    A number read out of a tensor is 1: Adafactor reads norms, optimizers count their steps. A grouped product (mixture
-    of experts) has the size that its operands say in any dtype; torch 2.13's own rule knows bf16 only.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
-        if func is torch.ops.aten._grouped_mm.default:
-            left, right, offsets = (*args, *(kwargs or {}).values())[:3]
-            groups = (offsets.shape[0],) if left.ndim == right.ndim == 2 else ()
-            return left.new_empty((*groups, left.shape[-2], right.shape[-1]))
-        return func(*args, **(kwargs or {}))

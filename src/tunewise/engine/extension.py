@@ -24,6 +24,7 @@ from tunewise.engine.work import Work, WorkKey
 from tunewise.methods.checkpointing import Checkpointing
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
+from tunewise.methods.peft import Peft
 from tunewise.recipe import Method, Recipe
 
 Kept = tuple[int, ...]
@@ -68,6 +69,9 @@ def block_signatures(config: PretrainedConfig, recipe: Recipe) -> list[tuple[Any
         columns.append([number in lora.layers_to_transform for number in range(depth)])
     if isinstance(freeze, Freeze):
         columns += [[_may_match(pattern, number) for number in range(depth)] for pattern in freeze.train]
+    peft = recipe.get(Peft)
+    if isinstance(peft, Peft):
+        columns += _peft_columns(peft, depth)
     return [tuple(map(str, block)) for block in zip(*columns, strict=True)] if columns else [()] * depth
 
 
@@ -87,7 +91,7 @@ def shallow(config: PretrainedConfig, recipe: Recipe, kept: Kept) -> tuple[Pretr
         text.first_k_dense_replace = sum(number < dense for number in kept)
     if getattr(text, "mlp_only_layers", None):
         text.mlp_only_layers = [place for place, number in enumerate(kept) if number in text.mlp_only_layers]
-    methods = tuple(_shallow_method(method, kept) for method in recipe.methods or ())
+    methods = tuple(_shallow_method(method, kept, depth) for method in recipe.methods or ())
     return config, recipe.replace(methods=methods)
 
 
@@ -162,7 +166,43 @@ def _may_match(pattern: str, number: int) -> bool:
     return place is None or fnmatch.fnmatchcase(str(number), pattern.split(".")[place])
 
 
-def _shallow_method(method: Method, kept: Kept) -> Method:
+def _peft_columns(peft: Peft, depth: int) -> list[list[Any]]:
+    """What the options of a kind of peft's say about blocks.
+
+    Where they name blocks in a way of their own, or tie layers by their number in the model, every block is unlike any
+    other.
+    """
+    options, columns = peft.options, list[list[Any]]()
+    chosen = _chosen_blocks(peft)
+    if chosen is not None:
+        columns.append([number in chosen for number in range(depth)])
+    if isinstance(options.get("adapter_layers"), int):
+        columns.append([number >= depth - options["adapter_layers"] for number in range(depth)])
+    if isinstance(options.get("stride_A"), int) and options["stride_A"] > 0:
+        columns.append([number % options["stride_A"] for number in range(depth)])
+    names = str([value for option, value in options.items() if "module" in option or option.endswith("_pattern")])
+    if re.search(r"\.\W*\d", names) or options.get("weight_tying") or options.get("num_layers"):
+        columns.append(list(range(depth)))
+    return columns
+
+
+def _chosen_blocks(peft: Peft) -> tuple[int, ...] | None:
+    blocks = peft.options.get("layers_to_transform")
+    return (blocks,) if isinstance(blocks, int) else tuple(blocks) if isinstance(blocks, list | tuple) else None
+
+
+def _shallow_peft(peft: Peft, kept: Kept, depth: int) -> Peft:
+    options, chosen = dict(peft.options), _chosen_blocks(peft)
+    if chosen is not None:
+        options["layers_to_transform"] = [place for place, number in enumerate(kept) if number in chosen]
+    if isinstance(options.get("adapter_layers"), int):
+        options["adapter_layers"] = sum(number >= depth - options["adapter_layers"] for number in kept)
+    return peft.model_copy(update={"options": options})
+
+
+def _shallow_method(method: Method, kept: Kept, depth: int) -> Method:
+    if isinstance(method, Peft):
+        return _shallow_peft(method, kept, depth)
     if isinstance(method, LoRA) and method.layers_to_transform is not None:
         wanted = tuple(place for place, number in enumerate(kept) if number in method.layers_to_transform)
         return method.model_copy(update={"layers_to_transform": wanted})

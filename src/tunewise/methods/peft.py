@@ -8,13 +8,16 @@ methods' papers and options. Importing it takes seconds, so nothing here does be
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from tunewise.errors import Conflict, InputError, MissingBackend, did_you_mean
+from tunewise.methods import full_masks
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA, derived_seed
 from tunewise.methods.method import Run
@@ -37,6 +40,13 @@ REFUSED = {
     "XLORA": "mixes LoRA adapters that were trained before",
 }
 """Kinds whose mathematics would silently be another one here, and why."""
+
+NOT_DRY = {
+    "ADAMSS": "groups the rows of the weights by their values",
+    "FROD": "reads sizes out of its tensors",
+    "SHIRA": "computes with sparse tensors, which torch 2.13 cannot fake",
+}
+"""Kinds that need values where a dry run has none."""
 
 OURS = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path")
 """Options that are not the user's: they follow from training a causal language model."""
@@ -88,30 +98,35 @@ class Peft(Method):
         """Let the library wrap the model.
 
         Raises:
-            Conflict: in a dry run.
+            Conflict: a dry run of a kind, or of an option, that needs the weights' values.
             MissingBackend: the library is not installed.
             InputError: an unknown kind, an unknown option, or one that the library refuses.
         """
-        if run.is_dry:
-            raise Conflict(
-                "peft's layers cannot be built on fake tensors (torch 2.13 cannot move a fake parameter), "
-                f"so a dry run of {self.kind} is not possible; measure it instead."
-            )
+        if run.is_dry and self.kind in NOT_DRY:
+            raise self._not_dry(NOT_DRY[self.kind])
         try:
             import peft
         except ImportError:
             raise MissingBackend("peft", f"the method 'peft' with kind {self.kind}", "peft") from None
         config = self._config(peft)
-        with torch.random.fork_rng():
+        has_full_masks = run.is_dry and self.kind in full_masks.KINDS
+        with torch.random.fork_rng(), full_masks.FullMasks() if has_full_masks else nullcontext():
             torch.manual_seed(derived_seed(run.recipe.seed, f"peft:{self.kind}"))
             try:
                 model = peft.get_peft_model(run.model, config)
+            except (DynamicOutputShapeException, DataDependentOutputException) as error:
+                raise self._not_dry(f"with these options reads values ({error})") from error
             except (ValueError, TypeError, NotImplementedError, ImportError) as error:
                 raise InputError(f"peft: {self.kind} does not fit this model: {error}") from error
         assert isinstance(model, nn.Module)
+        if has_full_masks:
+            full_masks.answer_in_forward(model)
         run.model = model
         trainable = sum(parameter.numel() for _, parameter in run.trainable())
         run.say(f"peft's {self.kind}: {format_count(trainable)} trainable parameters")
+
+    def _not_dry(self, reason: str) -> Conflict:
+        return Conflict(f"peft's {self.kind} {reason}, so there is no dry run of it; measure it instead.")
 
     def _config(self, peft: Any) -> Any:
         """Make the library's configuration of this kind from the options, all names checked."""

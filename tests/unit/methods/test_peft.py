@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM
 
 from tests.unit.architectures import tiny_model
 from tests.unit.methods.adapted import disturb, logits, make_recipe, make_run, token_ids
+from tunewise.engine.fake_tensors import Answers, FakeTensors
 from tunewise.errors import Conflict, InputError
 from tunewise.export.adapter import load_peft, save_peft
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
-from tunewise.methods.peft import PROMPT_LEARNING, REFUSED, Peft
+from tunewise.methods.peft import NOT_DRY, PROMPT_LEARNING, REFUSED, Peft
 from tunewise.methods.quantization import Quantize
 
 peft = pytest.importorskip("peft")
@@ -156,6 +159,34 @@ def test_kinds_beside_quantized_weights(kind: str) -> None:
     assert all(parameter.grad is not None for _, parameter in run.trainable())
 
 
-def test_a_dry_run_is_refused() -> None:
-    with pytest.raises(Conflict, match="measure it instead"):
-        make_run(tiny_model("llama"), Peft(kind="IA3"), is_dry=True)
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype, bool]]
+
+
+def shapes_of(model: torch.nn.Module) -> Shapes:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (tuple(each.shape), each.dtype, each.requires_grad) for name, each in tensors}
+
+
+def adapted(kind: str, *, is_dry: bool) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_config(tiny_model("llama").config, dtype=torch.bfloat16)
+    return make_run(model, Peft(kind=kind, options=OPTIONS[kind]), is_dry=is_dry).model
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIONS.keys() - NOT_DRY.keys()))
+def test_an_adapter_of_fake_tensors_has_the_shapes_of_a_real_one(kind: str) -> None:
+    with FakeTensors(), Answers():
+        fake = adapted(kind, is_dry=True)
+    assert all(isinstance(parameter, FakeTensor) for parameter in fake.parameters())
+    assert shapes_of(fake) == shapes_of(adapted(kind, is_dry=False))
+
+
+@pytest.mark.parametrize("kind", sorted(NOT_DRY))
+def test_kinds_that_need_values_have_no_dry_run(kind: str) -> None:
+    with pytest.raises(Conflict, match=f"{kind} {NOT_DRY[kind]}, so there is no dry run"):
+        make_run(tiny_model("llama"), Peft(kind=kind), is_dry=True)
+
+
+def test_an_option_that_needs_values_has_no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunewise.methods.peft.NOT_DRY", {})
+    with FakeTensors(), Answers(), pytest.raises(Conflict, match="SHIRA with these options reads values"):
+        adapted("SHIRA", is_dry=True)
