@@ -79,12 +79,13 @@ def _ladder_table(methods: MethodFindings, noise: float | None) -> Table:
     trials = rungs(methods)
     for before, trial in zip([None, *trials[:-1]], trials, strict=True):
         loss = loss_cell(trial.loss, noise)
+        spread = f" {loss.under}" if noise is not None else ""
         table.add_row(
             escape(added(trial, before)),
             str(numbers.seconds(trial.step_seconds)),
             times_as_fast(trials[0].step_seconds, trial.step_seconds),
             numbers.num_bytes(trial.peak_tensor_bytes).text,
-            f"{loss.text} {loss.under}".strip(),
+            loss.text + spread,
             style="bold green" if trial.label == methods.chosen else None,
         )
     return table

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from tests.unit.report.sample_batch import BATCHES, arms, batch, batch_point, loss_at
-from tests.unit.report.sample_methods import interval, methods
+from tests.unit.report.sample_methods import interval, many_methods, methods
 from tunewise.lab.findings import (
     Confirmation,
     Contender,
@@ -180,6 +180,21 @@ def one_method() -> Findings:
     return findings(methods=methods(names=("packing",)))
 
 
+def one_batch() -> Findings:
+    """The budget sufficed for one batch only, and the estimators of the noise contradict each other."""
+    noise = (
+        NoiseScale(estimator="two batches", tokens=3500.0, low=2300.0, high=6400.0, num_batches=8),
+        NoiseScale(estimator="per example", tokens=None, low=23_600.0, high=None, num_batches=4),
+    )
+    first = tuple(each for each in arms() if each.batch_tokens == 4096 and each.rung == 0)[:1]
+    short = tuple(each.model_copy(update={"curve": each.curve[-1:]}) for each in first)
+    alone = batch(
+        arms=short, curve=(batch_point(4096, first),), noise=noise, seed_noise=None, critical_batch=None,
+        undecided=(4096,), sentences=("The budget sufficed for one batch: 4,096 supervised tokens a step.",),
+    )  # fmt: skip
+    return findings(batch=alone, methods=many_methods(), headline=findings().headline[2:])
+
+
 def no_validation() -> Findings:
     """No validation data: no loss can be compared, so no batch study and no best step."""
     base = methods()
@@ -227,6 +242,7 @@ CASES = {
     "cut_short": cut_short,
     "with_failures": with_failures,
     "one_method": one_method,
+    "one_batch": one_batch,
     "no_validation": no_validation,
     "hostile": hostile,
 }

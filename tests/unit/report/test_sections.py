@@ -89,6 +89,9 @@ def test_no_figure_is_empty_and_no_section_is_blank(case: str) -> None:
         ("no_validation", "ladder", "There is no validation loss, so equal quality is not shown"),
         ("no_validation", "training", "Without validation data it is not known"),
         ("batch_only", "left-out", "Nothing was excluded"),
+        ("one_batch", "batch", "Only one batch size gave a result, so there is no curve"),
+        ("one_batch", "training", "No arm of the batch study left a loss curve"),
+        ("one_batch", "interactions", "was not measured: the budget does not suffice for a factorial design"),
     ],
 )
 def test_what_is_missing_says_why(case: str, part: str, why: str) -> None:
@@ -122,6 +125,14 @@ def test_a_noise_scale_without_bound_has_no_band_and_says_so() -> None:
     assert not [s for s in drawn.figure["layout"]["shapes"] if s["fillcolor"] == "var(--noise-band)"]
     assert drawn.numbers is not None
     assert [cell.text for cell in drawn.numbers.rows[0].cells[1:3]] == ["lost in the noise", "900 to no bound"]
+
+
+def test_a_noise_scale_outside_of_the_axis_is_told_at_its_edge() -> None:
+    two, single = batch().noise
+    far = single.model_copy(update={"tokens": None, "low": 90_000.0, "high": None})
+    near = two.model_copy(update={"tokens": 60.0, "low": 40.0, "high": 90.0})
+    labels = chart(findings(batch=batch(noise=(near, far))), "batch-curve").figure["layout"]["annotations"]
+    assert {"← 40.0 to 90.0", "90,000 to no bound →"} <= {label["text"] for label in labels}
 
 
 def test_the_verdict_on_each_batch() -> None:
@@ -204,7 +215,7 @@ def test_a_method_that_is_not_in_the_final_recipe_has_no_ratio_there() -> None:
 
 def test_the_product_against_the_whole() -> None:
     said = words(section(findings(), "interactions"))
-    assert "They save less time together than their product says, by 9 %." in said
+    assert "The whole is 1.09 times the product: together they save less time than one by one." in said
     assert "The two cannot be told apart: the effects simply multiply." in said
     assert "1 of 12 can be told from none" in said
     drawn = chart(findings(), "pairs-time").figure["data"][0]
@@ -228,7 +239,7 @@ def test_predictions_are_judged() -> None:
 
 def test_loss_curves_of_all_arms() -> None:
     drawn = chart(findings(), "loss-curves")
-    dim = trace(drawn, name="stopped earlier")
+    dim = trace(drawn, name="earlier rounds")
     assert dim["x"].count(None) == sum(arm.rung < 2 for arm in batch().arms)
     assert len(drawn.figure["data"]) - 1 == sum(arm.rung == 2 for arm in batch().arms)
     assert [t["name"] for t in drawn.figure["data"] if t.get("showlegend")] == ["1,024", "2,048", "4,096 (chosen)"]

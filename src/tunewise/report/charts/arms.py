@@ -97,8 +97,8 @@ def learning_rates(batch: BatchFindings) -> Chart | None:
 
 def loss_curves(batch: BatchFindings) -> Chart | None:
     """Every arm's validation loss against the tokens it learnt from, finalists over dim others; None without curves."""
-    drawn = [arm for arm in batch.arms if len(arm.curve) > 1]
-    if not drawn:
+    drawn = [arm for arm in batch.arms if arm.curve]
+    if not any(len(arm.curve) > 1 for arm in drawn):
         return None
     last = max(arm.rung for arm in drawn)
     finalists = [arm for arm in drawn if arm.rung == last]
@@ -134,8 +134,8 @@ def loss_curves(batch: BatchFindings) -> Chart | None:
         f"Validation loss of {len(drawn)} training runs, {len(finalists)} of them in the last round.",
         {"data": data, "layout": figure},
         {},
-        f"{len(finalists)} arms of the last round in colour, by supervised tokens a step; {len(others)} arms that were "
-        "stopped earlier in grey. Each arm ends with its learning rate at zero.",
+        f"{len(finalists)} arms of the last round in colour, by supervised tokens a step; {len(others)} arms of "
+        "earlier rounds in grey, a dot where only the end was evaluated. Each arm ends with its learning rate at zero.",
     )
 
 
@@ -165,16 +165,16 @@ def _joined(arms: list[Arm]) -> style.Figure:
             y.append(point.loss)
         x.append(None)
         y.append(None)
-    stroke = {"color": "var(--dim)", "width": 1}
-    base = {"type": "scatter", "mode": "lines", "x": x, "y": y, "line": stroke, "connectgaps": False}
-    return base | {"name": "stopped earlier", "hoverinfo": "skip"}
+    stroke, dot = {"color": "var(--dim)", "width": 1}, {"color": "var(--dim-mark)", "size": 3}
+    base = {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "line": stroke, "connectgaps": False}
+    return base | {"marker": dot} | {"name": "earlier rounds", "hoverinfo": "skip"}
 
 
 def _without_the_start(arms: list[Arm]) -> list[float]:
     """Return a range in which the ends of the curves can be told apart: the steepest part is cut off above."""
-    losses = [[point.loss for point in arm.curve if math.isfinite(point.loss)] for arm in arms]
+    losses = [[p.loss for p in arm.curve if p.supervised_tokens > 0 and math.isfinite(p.loss)] for arm in arms]
     curves = [curve for curve in losses if curve]
     low = min((min(curve) for curve in curves), default=0.0)
-    early = [curve[min(len(curve) - 1, max(1, len(curve) // 12))] for curve in curves]
+    early = [curve[len(curve) // 12] for curve in curves]
     high = max([*early, *(curve[-1] for curve in curves), low + 0.01])
     return [low - 0.04 * (high - low), high + 0.08 * (high - low)]

@@ -41,7 +41,7 @@ def batch_curve(batch: BatchFindings, table: Table | None) -> Chart:
         yaxis2=middle,
         yaxis3=style.axis(f"whole run, {unit}", domain=[0.0, 0.235], rangemode="tozero", anchor="x", nticks=4),
         shapes=[*band, *_tie_band(batch)],
-        annotations=_batch_labels(batch),
+        annotations=[*_batch_labels(batch), *_beyond(ranges, x_axis["range"])],
     )
     data = [
         *_loss_marks(batch),
@@ -119,11 +119,27 @@ def _range_marks(ranges: list[tuple[str, float | None, float, float]], limits: l
     for row, (name, middle, low, high) in enumerate(ranges):
         colour = "var(--chosen)" if name == CRITICAL else "var(--predicted)"
         start, end = (min(max(bound, left), right) for bound in (low, high))
+        if start >= end:
+            continue
         marks.append(style.line([start, end], [row, row], colour, 3, yaxis="y2"))
         if middle is not None and left <= middle <= right:
             text = f"{name}: {numbers.tokens(middle)} tokens ({numbers.tokens(low)} to {numbers.grouped(high)})"
             marks.append(style.points([middle], [row], colour, [text], yaxis="y2"))
     return marks
+
+
+def _beyond(ranges: list[tuple[str, float | None, float, float]], limits: list[float]) -> list[style.Figure]:
+    """Numbers at the edge for what lies beyond it."""
+    left, right = (10**bound for bound in limits)
+    labels = []
+    for row, (_, _, low, high) in enumerate(ranges):
+        text = f"{numbers.tokens(low)} to {numbers.grouped(high)}"
+        where = {"xref": "x domain", "yref": "y2"}
+        if low >= right:
+            labels.append(style.label(f"{text} →", 0.995, row, xanchor="right", **where))
+        elif high <= left:
+            labels.append(style.label(f"← {text}", 0.005, row, xanchor="left", **where))
+    return labels
 
 
 def _tie_band(batch: BatchFindings) -> list[style.Figure]:

@@ -43,6 +43,7 @@ def pareto(methods: MethodFindings, table: Table) -> Chart | None:
     if not measured:
         return None
     times = [trial.step_seconds.middle for trial in measured if trial.step_seconds]
+    sizes = [trial.peak_tensor_bytes for trial in measured if trial.peak_tensor_bytes]
     (unit, scale), (size_unit, size_scale) = _scales(measured)
     data, labels = [], []
     unmeasured = [
@@ -66,8 +67,8 @@ def pareto(methods: MethodFindings, table: Table) -> Chart | None:
     figure = style.layout(
         460,
         showlegend=True,
-        xaxis=style.axis(f"time of a step, {unit}", range=_padded(times, scale)),
-        yaxis=style.axis(f"peak memory, {size_unit}", rangemode="tozero"),
+        xaxis=_log_axis(f"time of a step, {unit}", [time / scale for time in times]),
+        yaxis=_log_axis(f"peak memory, {size_unit}", [size / size_scale for size in sizes]),
         annotations=labels,
     )
     return Chart(
@@ -76,9 +77,9 @@ def pareto(methods: MethodFindings, table: Table) -> Chart | None:
         f"{len(measured)} combinations by time of a step and peak memory; {len(front)} are on the front: {said}.",
         {"data": data, "layout": figure},
         {"legend.font.size": 11},
-        "Left is faster, down is smaller. The numbered ones are the front: nothing else is at least as good in time, "
-        "memory and quality. The ring is the chosen one. Shape and colour say what a combination promises about the "
-        "numbers.",
+        "Left is faster, down is smaller, on logarithmic axes. The numbered ones are the front: nothing else is at "
+        "least as good in time, memory and quality. The ring is the chosen one. Shape and colour say what a "
+        "combination promises about the numbers.",
         table,
     )  # fmt: skip
 
@@ -94,9 +95,12 @@ def _scales(trials: Sequence[MethodTrial]) -> tuple[tuple[str, float], tuple[str
     )
 
 
-def _padded(times: list[float], scale: float) -> list[float]:
-    room = 0.12 * max(times) / scale
-    return [max(0.0, min(times) / scale - room), max(times) / scale + room]
+def _log_axis(title: str, values: list[float]) -> style.Figure:
+    """Methods multiply time and memory, so equal ratios are at equal distances."""
+    low, high = min(values) / 1.25, max(values) * 1.25
+    ticks = style.log_ticks(low, high, most=6)
+    limits = [math.log10(low), math.log10(high)]
+    return style.axis(title, type="log", range=limits, tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
 
 
 def _predicted_only(trials: list[MethodTrial], scale: float, size_scale: float) -> style.Figure:
@@ -137,11 +141,12 @@ def _ring(trial: MethodTrial, scale: float, size_scale: float) -> style.Figure:
 
 
 def _number(index: int, trial: MethodTrial, scale: float, size_scale: float, is_chosen: bool) -> style.Figure:
-    x = trial.step_seconds.middle / scale if trial.step_seconds else 0.0
+    x = trial.step_seconds.middle / scale if trial.step_seconds else 1.0
     colour = "var(--chosen)" if is_chosen else "var(--ink)"
     shift = {"xshift": 14, "yshift": 13} if is_chosen else {"xshift": 10, "yshift": 10}
-    text = f"<b>{index}</b>"
-    return style.label(text, x, (trial.peak_tensor_bytes or 0) / size_scale, colour, **shift)
+    y = (trial.peak_tensor_bytes or 1) / size_scale
+    ground = {"bgcolor": "var(--paper)", "borderpad": 0}
+    return style.label(f"<b>{index}</b>", math.log10(x), math.log10(y), colour, **ground, **shift)
 
 
 def predicted_time(methods: MethodFindings) -> Chart | None:

@@ -17,11 +17,14 @@ def batch_section(findings: Findings) -> Section:
     if batch is None:
         return Section("batch", "Batch size", "Batch size", (no_batch(findings),))
     blocks: list[Block] = [Words(batch.sentences)]
-    if batch.curve:
-        bounds = noise_table(batch) if batch.noise or batch.critical_batch is not None else None
+    bounds = noise_table(batch) if batch.noise or batch.critical_batch is not None else None
+    if len(batch.curve) > 1:
         blocks += [batch_curve(batch, bounds), batch_table(batch)]
     else:
-        blocks.append(Note("No batch size gave a result, so there is no curve."))
+        tried = "Only one batch size gave a result" if batch.curve else "No batch size gave a result"
+        blocks.append(Note(f"{tried}, so there is no curve to show."))
+        blocks += [batch_table(batch)] if batch.curve else []
+        blocks += [bounds] if bounds is not None else []
     if batch.noise:
         blocks.append(Words((agreement(batch.noise),)))
     charts: list[Chart | Words | Note] = [each for each in (rounds(batch), learning_rates(batch)) if each is not None]

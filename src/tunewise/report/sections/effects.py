@@ -11,6 +11,12 @@ from tunewise.report.blocks import Block, Cell, Chart, Column, Group, Note, Row,
 from tunewise.report.charts.effects import Contribution, contributions, heat_map, main_effects, pairs_of
 from tunewise.report.sections.ladder import rungs
 
+INTERACTIONS = "interactions"
+"""Under this name the study says why it excluded them."""
+
+SAME = 0.01
+"""A product that is so near to the whole is called the same; memory is measured without noise."""
+
 TITLE_CONTRIBUTION, TITLE_INTERACTION = "What each method contributes", "How methods change each other"
 
 
@@ -123,7 +129,7 @@ def interaction_section(methods: MethodFindings) -> Section:
         blocks += _listed(methods)
     if main is not None or drawn:
         blocks.append(Note(_foot(methods), "dim"))
-    return Section("interactions", TITLE_INTERACTION, "Interactions", tuple(blocks) or (Note("No factorial was run."),))
+    return Section("interactions", TITLE_INTERACTION, "Interactions", tuple(blocks))
 
 
 def cumulative_words(methods: MethodFindings) -> tuple[str, ...]:
@@ -142,11 +148,11 @@ def _whole_and_parts(what: str, saved: str, found: Cumulative) -> str:
     whole = numbers.ratio(found.whole)
     product = numbers.ratio(found.product)
     head = f"Together they multiply {what} by {whole}; the product of single effects would be {product}."
-    if found.whole.low <= found.product <= found.whole.high:
+    if found.whole.low <= found.product <= found.whole.high or abs(found.synergy - 1) < SAME:
         return f"{head} The two cannot be told apart: the effects simply multiply."
-    percent = abs(100 * (found.synergy - 1))
     more = "less" if found.synergy > 1 else "more"
-    return f"{head} They save {more} {saved} together than their product says, by {percent:.0f} %."
+    times = numbers.significant(found.synergy)
+    return f"{head} The whole is {times} times the product: together they save {more} {saved} than one by one."
 
 
 def cumulative_table(methods: MethodFindings) -> Table | None:
@@ -187,7 +193,8 @@ def _listed(methods: MethodFindings) -> list[Block]:
                 Row((Cell(f"{one} × {other}"), Cell(what), Cell.of(numbers.ratio(ratio)), Cell(_meaning(ratio))))
             )
     if not rows:
-        return [Note("The design was too small to estimate how pairs of methods interact.")]
+        why = [reason for name, reason in methods.excluded if name == INTERACTIONS]
+        return [Note(f"How pairs of methods change each other was not measured{': ' if why else ''}{''.join(why)}.")]
     columns = (
         Column("Pair", is_number=False),
         Column("Effect on", is_number=False),
