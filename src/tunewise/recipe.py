@@ -31,7 +31,7 @@ Objective = Literal["sft", "continue", "pretrain"]
 class Value(BaseModel):
     """A frozen value that knows all its fields: unknown keys are errors, equal content is equal."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Slot(enum.IntEnum):

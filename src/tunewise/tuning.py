@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewise.api import resume, train
+from tunewise.engine.checkpoint import storage_errors
 from tunewise.engine.run_folder import read_metrics, versions, write_whole
 from tunewise.export.result import Result
 from tunewise.lab.elsewhere import elsewhere
@@ -28,10 +29,11 @@ from tunewise.lab.outcome import Interval, Point
 from tunewise.lab.tuning import BATCH_SHARE, CONFIRM_SHARE, METHODS_SHARE, Options, Tuning
 from tunewise.methods.reading import recipe_to_yaml
 from tunewise.recipe import Recipe
+from tunewise.report.findings_file import FINDINGS_FILE, REPORT_FILE
 from tunewise.report.html import write_report
 
 Part = Literal["all", "batch", "methods"]
-FINDINGS, BEST, REPORT = "findings.json", "best.yaml", "report.html"
+BEST = "best.yaml"
 
 SHARES: dict[Part, dict[str, float]] = {
     "all": {"batch": BATCH_SHARE, "methods": METHODS_SHARE, "confirm": CONFIRM_SHARE},
@@ -155,9 +157,10 @@ def _write(tuning: Tuning, result: Result | None, outcome: str) -> Findings:
     """Write what is known: the recipe, the findings and the report."""
     best = tuning.best_recipe()
     findings = _findings(tuning, best, result, outcome)
-    write_whole(tuning.folder / BEST, findings.recipe_yaml)
-    write_whole(tuning.folder / FINDINGS, findings.model_dump_json(indent=1))
-    write_report(findings, tuning.folder / REPORT)
+    with storage_errors(f"cannot write to the tuning's folder {tuning.folder}"):
+        write_whole(tuning.folder / BEST, findings.recipe_yaml)
+        write_whole(tuning.folder / FINDINGS_FILE, findings.model_dump_json(indent=1))
+    write_report(findings, tuning.folder / REPORT_FILE)
     return findings
 
 

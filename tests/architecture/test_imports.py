@@ -20,6 +20,7 @@ ORDER = [
     {"export"},
     {"report"},
     {"api"},
+    {"tuning"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

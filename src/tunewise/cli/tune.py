@@ -71,9 +71,10 @@ def start(
 
     from tunewise.lab.tuning import Options
     from tunewise.methods.reading import read_yaml, recipe_from_mapping, with_settings
+    from tunewise.report.findings_file import REPORT_FILE
     from tunewise.report.findings_terminal import show_findings
     from tunewise.report.tuning_screen import TuningScreen
-    from tunewise.tuning import REPORT, Watch, new_folder, tune
+    from tunewise.tuning import Watch, new_folder, tune
     from tunewise.units import parse_budget, parse_bytes
 
     mapping: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
@@ -100,4 +101,4 @@ def start(
         raise typer.Exit(130) from None
     finally:
         screen.close()
-    show_findings(tuned.findings, folder / REPORT)
+    show_findings(tuned.findings, folder / REPORT_FILE)

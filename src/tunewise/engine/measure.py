@@ -57,13 +57,13 @@ class FirstBatch:
 
 @dataclass(frozen=True)
 class TimedSteps:
-    """Steps after warming up: seconds and tokens of the timed ones; losses, and the first batch, of all.
+    """Steps after warming up: seconds and tokens of each timed one; losses, and the first batch, of all.
 
     `first` is None where updates in backward leave no gradient to look at.
     """
 
     seconds: tuple[float, ...]
-    tokens: int
+    tokens: tuple[int, ...]
     supervised_tokens: int
     losses: tuple[float, ...]
     first: FirstBatch | None
@@ -114,7 +114,7 @@ class Measuring:
         set_learning_rate(self.optimizer, learning_rate)
         steps = self._documents(warm_up + count)
         first, loss = self._first_step(steps[0])
-        seconds, losses, tokens = [], [loss], 0
+        seconds, losses, tokens = [], [loss], []
         for number, documents in enumerate(steps[1:], start=1):
             self._synchronize()
             started = time.perf_counter()
@@ -122,9 +122,9 @@ class Measuring:
             self._synchronize()
             if number >= warm_up:
                 seconds.append(time.perf_counter() - started)
-                tokens += int(self.train.lengths[documents].sum())
+                tokens.append(int(self.train.lengths[documents].sum()))
         supervised = sum(self._supervised(documents) for documents in steps)
-        return TimedSteps(tuple(seconds), tokens, supervised, tuple(losses), first)
+        return TimedSteps(tuple(seconds), tuple(tokens), supervised, tuple(losses), first)
 
     def validation_loss(self, max_documents: int) -> float | None:
         """Return the validation loss, None without validation documents."""

@@ -5,6 +5,7 @@ The study speaks of arms only, so that it runs the same on a real model (`Recipe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,8 +103,7 @@ class RecipeArms:
 
     Attributes:
         base: the complete recipe that the arms vary.
-        seconds_per_token: of a supervised token, from measured throughput.
-        update_seconds: of the optimizer's part of a step.
+        step_seconds: from the supervised tokens of a step to its seconds, from measured throughput.
         overhead_seconds: start-up and evaluation of a trial.
         max_documents: validation documents, the same ones for every arm.
         noise_documents: documents of a micro-batch where the noise is measured; such an arm is not packed, so that a
@@ -112,8 +112,7 @@ class RecipeArms:
 
     laboratory: Laboratory
     base: Recipe
-    seconds_per_token: float
-    update_seconds: float
+    step_seconds: Callable[[int], float]
     overhead_seconds: float
     noise_documents: int = 1
     max_documents: int = 500
@@ -139,14 +138,17 @@ class RecipeArms:
                 "seed": spec.seed,
             },
             role=f"batch {spec.batch_tokens} tokens, learning rate {spec.learning_rate:.2g}, round {spec.rung + 1}",
-            expected_seconds=self.seconds(spec.batch_tokens, spec.budget_tokens),
+            expected_seconds=self._planned(spec.batch_tokens, spec.budget_tokens),
         )
         return result_of(spec, outcome)
 
     def seconds(self, batch_tokens: int, budget_tokens: int) -> float:
-        """Return steps times (update + tokens), and what a trial costs besides."""
-        steps = max(1.0, budget_tokens / batch_tokens)
-        return steps * self.update_seconds + budget_tokens * self.seconds_per_token + self.overhead_seconds
+        """Return what the arm was planned to take, at the pace of the arms so far."""
+        return self.laboratory.pace("batch size") * self._planned(batch_tokens, budget_tokens)
+
+    def _planned(self, batch_tokens: int, budget_tokens: int) -> float:
+        """Return the seconds of the steps, and what a trial costs besides."""
+        return max(1.0, budget_tokens / batch_tokens) * self.step_seconds(batch_tokens) + self.overhead_seconds
 
     @property
     def spent_seconds(self) -> float:

@@ -83,7 +83,7 @@ class BatchStudy:
         own = _power_of_two(question.batch_tokens)
         lengths = self._lengths([own // 2, own, own * 2]) or self._lengths([own // 2, own]) or self._lengths([own])
         self._measure_noise(own, lengths[0] if lengths else FEWEST_STEPS * own)
-        candidates, lengths = self._affordable(self._candidates())
+        candidates, lengths = self._affordable(self._candidates(), lengths[0] if lengths else None)
         if lengths is not None:
             self._first_round(candidates, lengths[0])
             for batch in candidates:
@@ -126,33 +126,44 @@ class BatchStudy:
         closest = sorted(near, key=lambda batch: abs(math.log2(batch / middle)))[: MOST_CANDIDATES - 1]
         return sorted({*closest, own})
 
-    def _affordable(self, candidates: list[int]) -> tuple[list[int], tuple[int, int, int] | None]:
-        """Leave out the candidates farthest from the user's batch until a study fits into the budget, if it does."""
+    def _affordable(self, candidates: list[int], first: int | None) -> tuple[list[int], tuple[int, int, int] | None]:
+        """Leave out the candidates farthest from the user's batch until a study fits into the budget, if it does.
+
+        Args:
+            candidates: batches.
+            first: the length of the arm that has been trained, which is kept for the first round where it can be.
+        """
         own = _power_of_two(self.question.batch_tokens)
         left = list(candidates)
         while len(left) > 1:
-            lengths = self._lengths(left)
+            lengths = self._lengths(left, first) or self._lengths(left)
             if lengths is not None:
                 return left, lengths
             left.remove(max(left, key=lambda batch: (abs(math.log2(batch / own)), batch)))
         return left, None
 
-    def _lengths(self, candidates: Sequence[int]) -> tuple[int, int, int] | None:
+    def _lengths(self, candidates: Sequence[int], first: int | None = None) -> tuple[int, int, int] | None:
         """Return the tokens of an arm in each round: as long as the budget allows, at most the whole run.
 
         Rounds grow by a factor of three where that is affordable, by less where it is not; None where not even rounds
         of the shortest arms are.
+
+        Args:
+            candidates: batches.
+            first: the first round's length where it is given; else it is found.
         """
         longest, shortest = self.question.run_tokens, FEWEST_STEPS * max(candidates)
-        growth = next((g for g in GROWTHS if self._cost(candidates, shortest, g) <= self._budget_left()), None)
-        if growth is None or shortest > longest:
+        start = shortest if first is None else first
+        if not shortest <= start <= longest:
             return None
-        low, high = float(shortest), max(float(shortest), longest / growth**2)
+        growth = next((g for g in GROWTHS if self._cost(candidates, start, g) <= self._budget_left()), None)
+        if growth is None:
+            return None
+        low, high = float(start), max(float(start), longest / growth**2 if first is None else start)
         for _ in range(30):
             middle = math.sqrt(low * high)
-            low, high = (
-                (middle, high) if self._cost(candidates, middle, growth) <= self._budget_left() else (low, middle)
-            )
+            is_affordable = self._cost(candidates, middle, growth) <= self._budget_left()
+            low, high = (middle, high) if is_affordable else (low, middle)
         return round(low), min(round(growth * low), longest), min(round(growth**2 * low), longest)
 
     def _cost(self, candidates: Sequence[int], first: float, growth: float) -> float:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -37,13 +38,14 @@ class ServerDied(TunewiseError):
 class Executor:
     """Starts the fork server with the first trial and keeps it; `close` ends it and a trial that is running."""
 
-    def __init__(self, memory_bytes: int | None = None) -> None:
+    def __init__(self, memory_bytes: int | None = None, preload: Sequence[str] = ()) -> None:
         """Make an executor.
 
         Args:
             memory_bytes: what a trial may allocate in the host's memory; None for no limit.
+            preload: modules that every trial needs, imported once by the server.
         """
-        self.memory_bytes = memory_bytes
+        self.memory_bytes, self.preload = memory_bytes, tuple(preload)
         self._server: subprocess.Popen[bytes] | None = None
         self._child: int | None = None
         self._unread = b""
@@ -66,6 +68,7 @@ class Executor:
             start_new_session=True,  # Ctrl-C is for us; we end the server
         )
         self._answer("ready", START_SECONDS)
+        self._send({"preload": self.preload})
 
     def run(
         self, function: str, arguments: dict[str, Any], folder: Path, timeout: float
@@ -117,19 +120,14 @@ class Executor:
 
     def _run(self, function: str, arguments: dict[str, Any], folder: Path, timeout: float) -> int | None:
         """Return the child's exit code, negative for a signal; None when it was killed for taking too long."""
-        assert self._server is not None
-        assert self._server.stdin is not None
-        job = {
-            "function": function,
-            "arguments": arguments,
-            "folder": str(folder.resolve()),
-            "memory_bytes": self.memory_bytes,
-        }
-        try:
-            self._server.stdin.write(json.dumps(job).encode() + b"\n")
-            self._server.stdin.flush()
-        except BrokenPipeError:
-            raise ServerDied("The process that starts trials died.") from None
+        self._send(
+            {
+                "function": function,
+                "arguments": arguments,
+                "folder": str(folder.resolve()),
+                "memory_bytes": self.memory_bytes,
+            }
+        )
         self._child = self._answer("started", START_SECONDS)
         try:
             return self._answer("ended", timeout)
@@ -137,6 +135,15 @@ class Executor:
             self._kill_child()
             self._answer("ended", START_SECONDS)
             return None
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._server is not None
+        assert self._server.stdin is not None
+        try:
+            self._server.stdin.write(json.dumps(message).encode() + b"\n")
+            self._server.stdin.flush()
+        except BrokenPipeError:
+            raise ServerDied("The process that starts trials died.") from None
 
     def _answer(self, wanted: str, timeout: float) -> int:
         """Wait for the server's next line and return what it says.
@@ -149,8 +156,8 @@ class Executor:
         assert self._server.stdout is not None
         descriptor, deadline = self._server.stdout.fileno(), time.monotonic() + timeout
         while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            left = max(0.0, deadline - time.monotonic())  # an answer may be there although we were paused for longer
+            if not select.select([descriptor], [], [], left)[0]:
                 raise TimeoutError
             received = os.read(descriptor, 65536)
             if not received:
@@ -177,11 +184,7 @@ def _read_outcome(folder: Path, code: int | None, timeout: float) -> Measurement
     if code is None:
         return Failed(reason=f"took longer than {timeout:.0f} s and was stopped", log=str(log))
     if code == 0:
-        try:
-            outcome = outcome_from_json((folder / "outcome.json").read_bytes())
-        except (OSError, ValueError) as error:
-            return Failed(reason=f"its outcome cannot be read: {error}", log=str(log))
-        return outcome if isinstance(outcome, Measurement) else outcome.model_copy(update={"log": str(log)})
+        return finished_outcome(folder) or Failed(reason="its outcome cannot be read", log=str(log))
     if code == -signal.SIGKILL:
         return OutOfMemory(reason="killed by the system, as a rule because memory ran out", log=str(log))
     if code < 0:
@@ -189,6 +192,15 @@ def _read_outcome(folder: Path, code: int | None, timeout: float) -> Measurement
     if code == WRITE_FAILED:
         return Failed(reason=f"its outcome could not be written: {_last_line(log)}", log=str(log))
     return Failed(reason=_last_line(log) or f"ended with exit code {code}", log=str(log))
+
+
+def finished_outcome(folder: Path) -> Measurement | OutOfMemory | Failed | None:
+    """Return the outcome that a trial has written into its folder, or None: it appears there whole or not at all."""
+    try:
+        outcome = outcome_from_json((folder / "outcome.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return outcome if isinstance(outcome, Measurement) else outcome.model_copy(update={"log": str(folder / "log.txt")})
 
 
 def _last_line(log: Path) -> str:

@@ -14,13 +14,13 @@ def headline(tuning: Tuning) -> tuple[str, ...]:
 def _batch(tuning: Tuning) -> str:
     found = tuning.batch
     if found is None:
-        return f"The batch was not studied: {tuning.place.batch_tokens} supervised tokens a step, as the recipe says."
+        return f"The batch was not studied: {tuning.place.batch_tokens:,} supervised tokens a step, as the recipe says."
     documents = f"about {found.documents:.0f} records" if found.documents >= 1.5 else "about one record"
     others = [batch for batch in found.undecided if batch != found.chosen_tokens]
     rate = f"learning rate {found.learning_rate:.2g}"
-    said = f"Batch: {found.chosen_tokens} supervised tokens a step ({documents}), {rate}"
+    said = f"Batch: {found.chosen_tokens:,} supervised tokens a step ({documents}), {rate}"
     if others:
-        listed = ", ".join(map(str, others))
+        listed = ", ".join(f"{batch:,}" for batch in others)
         return f"{said}: the cheapest that cannot be told from the best ({listed} tokens do as well within the noise)."
     return f"{said}: the lowest validation loss at equal tokens."
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunewise.lab.executor import Executor
+from tunewise.lab.executor import Executor, finished_outcome
 from tunewise.lab.findings import Cost
 from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
 from tunewise.lab.storage import STUDIES, Storage
@@ -17,6 +17,9 @@ WORKER = "tunewise.lab.worker:run_trial"
 
 SHORTEST_TIMEOUT = 60.0
 """No trial is stopped before; a machine may be busy."""
+
+MOST_PACE = 5.0
+"""Expectations are corrected by this factor at most."""
 
 PATIENCE = 8.0
 """A trial may take so many times what was expected."""
@@ -33,6 +36,7 @@ class Spent:
     num_failed: int = 0
     num_reused: int = 0
     seconds: float = 0.0
+    expected_seconds: float = 0.0
 
 
 @dataclass
@@ -81,10 +85,12 @@ class Laboratory:
         account = self.spent.setdefault(study, Spent())
         known = self.storage.find(key)
         if known is not None and not (self.retry_failed and isinstance(known, Failed)):
-            self._count(account, known, is_reused=True)
+            self._count(account, known, expected_seconds, is_reused=True)
             return known
         self.tell(role, self.spent_seconds)
-        outcome = self.executor.run(
+        # A trial that ended while we were killed has its outcome in its folder and was not kept.
+        ended = finished_outcome(self.folder / key) if known is None else None
+        outcome = ended or self.executor.run(
             WORKER,
             {
                 "trial": trial.model_dump(mode="json"),
@@ -102,7 +108,7 @@ class Laboratory:
             values=_values(study, outcome),
             attributes={"role": role, "outcome kind": outcome.kind, "reason": getattr(outcome, "reason", "")},
         )
-        self._count(account, outcome, is_reused=False)
+        self._count(account, outcome, expected_seconds, is_reused=ended is not None)
         self.tell(role, self.spent_seconds)
         return outcome
 
@@ -111,16 +117,38 @@ class Laboratory:
         """What all trials of this tuning have cost, those that were found again included."""
         return sum(each.seconds for each in self.spent.values())
 
+    def pace(self, study: str) -> float:
+        """Return what the study's trials have taken over what was expected; 1 before the second one.
+
+        It depends on kept outcomes only, so a tuning that is continued plans as the interrupted one did.
+        """
+        account = self.spent.get(study)
+        if account is None or account.num_trials < 2 or account.expected_seconds <= 0:
+            return 1.0
+        return min(MOST_PACE, max(1 / MOST_PACE, account.seconds / account.expected_seconds))
+
     def costs(self) -> tuple[Cost, ...]:
         """Return the account, by study."""
-        return tuple(Cost(part=name, **vars(each)) for name, each in self.spent.items())
+        return tuple(
+            Cost(
+                part=name,
+                num_trials=each.num_trials,
+                num_failed=each.num_failed,
+                num_reused=each.num_reused,
+                seconds=each.seconds,
+            )
+            for name, each in self.spent.items()
+        )
 
     @staticmethod
-    def _count(account: Spent, outcome: Measurement | OutOfMemory | Failed, *, is_reused: bool) -> None:
+    def _count(
+        account: Spent, outcome: Measurement | OutOfMemory | Failed, expected_seconds: float, *, is_reused: bool
+    ) -> None:
         account.num_trials += 1
         account.num_failed += not isinstance(outcome, Measurement)
         account.num_reused += is_reused
         account.seconds += outcome.trial_seconds
+        account.expected_seconds += expected_seconds
 
 
 def _values(study: str, outcome: Measurement | OutOfMemory | Failed) -> tuple[float, ...] | None:

@@ -232,8 +232,10 @@ class MethodStudy:
         allowed = [
             (seconds, on) for seconds, on in scored if not on & memory or seconds < (1 - CLEARLY_FASTER) * best_lean
         ]
-        ordered = sorted(allowed or scored, key=lambda pair: (pair[0], len(pair[1]), sorted(pair[1])))
-        return [on for _, on in ordered[:FINALISTS]]
+        ordered = [on for _, on in sorted(allowed or scored, key=lambda pair: (pair[0], len(pair[1]), sorted(pair[1])))]
+        own = self.space.of_base() - memory  # the user's own methods are a candidate whatever single effects promise
+        first = [own] if own in ordered else []
+        return list(dict.fromkeys([*first, *ordered]))[:FINALISTS]
 
     def _combinations(self) -> list[On]:
         sets: list[On] = [frozenset()]

@@ -5,7 +5,8 @@ A job is a line of JSON on standard input,
     {"function": "package.module:name", "arguments": {...}, "folder": "...", "memory_bytes": null}
 
 and the answers are lines on standard output: {"ready": true}, {"started": pid}, {"ended": exit code}. The function
-returns a pydantic value, which the child writes to `folder`/outcome.json; what it prints goes to `folder`/log.txt.
+returns a pydantic value, which the child writes to `folder`/outcome.json; what it prints goes to `folder`/log.txt. A
+line {"preload": ["package.module", ...]} imports modules that all later jobs will need; it has no answer.
 
 The server has no threads, no CUDA context and computes nothing, so a fork is safe and takes milliseconds. It dies with
 its parent, and the children with it.
@@ -19,9 +20,11 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +49,22 @@ def main() -> None:
     _say({"ready": True})
     for line in sys.stdin:
         job = json.loads(line)
+        if "preload" in job:
+            _preload(job["preload"])
+            continue
         child = os.fork()
         if child == 0:
             run_job(job)
         _say({"started": child})
         _, status = os.waitpid(child, 0)
         _say({"ended": os.waitstatus_to_exitcode(status)})
+
+
+def _preload(modules: list[str]) -> None:
+    """Import modules once for all jobs; one that cannot be imported is the job's to complain about."""
+    for module in modules:
+        with suppress(Exception):
+            importlib.import_module(module)
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -64,14 +77,15 @@ def run_job(job: dict[str, Any]) -> None:
     if job["memory_bytes"] is not None:
         _limit_memory(int(job["memory_bytes"]))
     try:
-        outcome = _outcome(job)
+        try:
+            outcome = _outcome(job)
+        finally:  # what it wrote may have filled the disk, on which its outcome and its log shall still find room
+            shutil.rmtree(Path(job["folder"]) / "work", ignore_errors=True)
     except BaseException:
-        traceback.print_exc()
         _leave(1)
     try:
         write_whole(Path(job["folder"]) / "outcome.json", outcome.model_dump_json())
     except BaseException:
-        traceback.print_exc()
         _leave(WRITE_FAILED)
     _leave(0)
 
@@ -92,8 +106,12 @@ def _outcome(job: dict[str, Any]) -> Any:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process, with a traceback in its log where an exception is the reason."""
+    with suppress(OSError):  # the disk of the log may be full
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # no clean-up of the server's: its pipes are not ours
 
 

@@ -11,6 +11,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
+
+from tunewise.engine.checkpoint import storage_errors
 from tunewise.engine.run_folder import write_whole
 from tunewise.errors import DoesNotFit, InputError
 from tunewise.lab.arms import RecipeArms, beta2_of, half_life_kept, with_beta2
@@ -25,6 +28,7 @@ from tunewise.lab.method_study import MethodStudy
 from tunewise.lab.micro_batch import choose_micro_batch, throughput_of
 from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
 from tunewise.lab.storage import Storage
+from tunewise.lab.throughput import predict_seconds
 from tunewise.lab.trial import Trial
 from tunewise.lab.workplace import open_workplace
 from tunewise.methods import Packing
@@ -43,7 +47,9 @@ FEWEST_EVALUATED = 32
 
 LARGEST_MICRO_BATCH = 64
 TIMED_SECONDS = 1.2
-"""About how long the timed steps of a trial of methods take together."""
+"""About how long the timed steps of a trial of methods take together, at the speed of the recipe so far."""
+
+MOST_TIMED = 16
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,9 @@ class Tuning:
             if self.options.storage
             else Storage.in_folder(self.folder)
         )
-        self.executor = Executor(self.place.host_bytes if self.place.plan.device.type == "cpu" else None)
+        is_cpu = self.place.plan.device.type == "cpu"
+        model_class = AutoModelForCausalLM._model_mapping[type(self.place.plan.config)]
+        self.executor = Executor(self.place.host_bytes if is_cpu else None, preload=[model_class.__module__])
         self.laboratory = Laboratory(
             storage,
             self.executor,
@@ -161,9 +169,8 @@ class Tuning:
         self._base = recipe.replace(batch=recipe.batch.model_copy(update={"micro_batch_size": chosen.size}))
 
     def run_seconds(self, batch_tokens: int) -> float:
-        """Return what the whole training takes at a batch: its tokens, and an update for each step."""
-        tokens = self.place.run_tokens
-        return tokens * self._seconds_per_supervised_token() + tokens / batch_tokens * self._update_seconds()
+        """Return what the steps of the whole training take at a batch."""
+        return self.place.run_tokens / batch_tokens * self._step_seconds(batch_tokens)
 
     def search_seconds(self) -> float:
         """Return what may be spent on finding out.
@@ -194,8 +201,7 @@ class Tuning:
         arms = RecipeArms(
             self.laboratory,
             recipe,
-            seconds_per_token=self._seconds_per_supervised_token(),
-            update_seconds=self._update_seconds(),
+            step_seconds=self._step_seconds,
             overhead_seconds=self._overhead_seconds(evaluated),
             noise_documents=max(1, round(documents / 4)),
             max_documents=evaluated,
@@ -246,7 +252,7 @@ class Tuning:
         """Find the methods, and what each of them contributes."""
         place, recipe = self.place, self.base
         space = factor_space(recipe, place.plan.config, place.machine, place.predictor(recipe))
-        step_seconds = self.run_seconds(self._batch_tokens()) * self._batch_tokens() / place.run_tokens
+        step_seconds = self._step_seconds(self._batch_tokens())
         spent = self.laboratory.spent.get("methods")
         study = MethodStudy(
             self.laboratory,
@@ -256,7 +262,7 @@ class Tuning:
             step_seconds,
             wanted=frozenset(_factor_names(self.options.wanted)),
             unwanted=frozenset(_factor_names(self.options.unwanted)),
-            steps=max(2, min(6, round(TIMED_SECONDS / step_seconds))),
+            steps=max(2, min(MOST_TIMED, round(TIMED_SECONDS / step_seconds))),
         )
         study.run()
         self._study, self._space, self.winner = study, study.space, study.winner
@@ -273,7 +279,8 @@ class Tuning:
         contenders = 1 if runner_up is None else 2
         tokens = max((arm.budget_tokens for arm in self.batch.arms), default=8 * batch) if self.batch else 8 * batch
         overhead = self._overhead_seconds(self.recipe.evaluation.max_documents)
-        per_token = self.run_seconds(batch) / self.place.run_tokens
+        pace = self.laboratory.pace("batch size")
+        per_token = pace * self.run_seconds(batch) / self.place.run_tokens
         affordable = (budget_seconds / (2 * contenders) - overhead) / per_token
         tokens = int(max(8 * batch, min(tokens, affordable)))
         seconds = tokens * per_token + overhead
@@ -283,7 +290,7 @@ class Tuning:
             runner_up,
             budget_tokens=tokens,
             num_seeds=2 if 2 * contenders * seconds <= 1.5 * budget_seconds else 1,
-            expected_seconds=seconds,
+            expected_seconds=seconds / pace,
             tie_band=self.batch.tie_band if self.batch else 0.01,
         )
         if swap and study.runner_up is not None:
@@ -324,9 +331,17 @@ class Tuning:
         corpus = self.place.plan.data.train
         return float(corpus.num_supervised.sum() / corpus.lengths.sum())
 
-    def _update_seconds(self) -> float:
+    def _step_seconds(self, batch_tokens: int) -> float:
+        """Return the seconds of a step: full micro-batches, a last one that is not full, and the update."""
         assert self._throughput is not None, "throughput comes first"
-        return self._throughput.update_seconds.middle if self._throughput.update_seconds else 0.0
+        points, line = throughput_of(self._throughput)
+        assert line is not None
+        size = self.base.batch.micro_batch_size or 1
+        tokens_of_row = points[0].tokens / points[0].micro_batch_size
+        rows = batch_tokens / self._supervised_share() / tokens_of_row
+        full, rest = divmod(rows, size)
+        seconds = full * predict_seconds(line, size) + (predict_seconds(line, rest) if rest > 0 else 0.0)
+        return seconds + (line.update_seconds or 0.0)
 
     def _evaluated_documents(self) -> int:
         """Validation documents of an arm: no more tokens than eight steps of the user's batch learn from."""
@@ -351,10 +366,12 @@ class Tuning:
                     "with --out, or repeat the same command to continue it."
                 )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        left_by_a_kill = {f".{file.name}.partial"}
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} - left_by_a_kill:
             raise InputError(f"'{self.folder}' is not empty and holds no tuning; name another folder with --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, text)
+        with storage_errors(f"cannot write to the tuning's folder {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, text)
 
 
 def _factor_names(methods: tuple[str, ...]) -> list[str]:

@@ -167,25 +167,25 @@ def _sentences(
     if chosen is None:
         return ["No arm gave a validation loss, so nothing can be said about the batch size."]
     said = [
-        f"{chosen.batch_tokens} supervised tokens a step at learning rate {chosen.learning_rate:.2g}: validation loss "
+        f"{chosen.batch_tokens:,} supervised tokens a step at learning rate {chosen.learning_rate:.2g}: validation loss "
         f"{chosen.loss.middle:.4f} after {share:.0%} of the run's tokens, the whole run in "
         f"{format_seconds(chosen.run_seconds)}."
     ]
-    others = [str(point.batch_tokens) for point in points if point.is_tied and point is not chosen]
+    others = [f"{point.batch_tokens:,}" for point in points if point.is_tied and point is not chosen]
     if others:
         known = f"(noise between seeds {noise:.4f} nats)" if noise is not None else "(one seed each)"
         said.append(
-            f"The budget could not tell {' or '.join(others)} from {chosen.batch_tokens}: they lie within {band:.3f} "
-            f"nats {known}, and {chosen.batch_tokens} is the cheapest of them."
+            f"The budget could not tell {' or '.join(others)} from {chosen.batch_tokens:,}: they lie within {band:.3f} "
+            f"nats {known}, and {chosen.batch_tokens:,} is the cheapest of them."
         )
     same_length = [point for point in points if point.budget_tokens == chosen.budget_tokens and not point.is_tied]
     for point in same_length:
         difference = point.loss.middle - chosen.loss.middle
         time = point.run_seconds / chosen.run_seconds - 1
-        said.append(f"{point.batch_tokens} tokens a step would cost {difference:+.3f} nats and {time:+.0%} time.")
+        said.append(f"{point.batch_tokens:,} tokens a step would cost {difference:+.3f} nats and {time:+.0%} time.")
     if critical is not None:
         said.append(
-            f"The critical batch is about {critical.middle:.0f} tokens ({critical.low:.0f} to {critical.high:.0f}): a "
+            f"The critical batch is about {critical.middle:,.0f} tokens ({critical.low:,.0f} to {critical.high:,.0f}): a "
             "batch of that size needs twice the tokens of a tiny one."
         )
     if len(points) > 1 and chosen.batch_tokens in (points[0].batch_tokens, points[-1].batch_tokens):

@@ -102,16 +102,12 @@ def _measure(asked: Trial, plan: Plan, folder: Path) -> Measurement:
     assert rate is not None, "complete() fills in the learning rate"
     timed = measuring.timed(asked.warm_up, asked.steps, rate)
     loss = measuring.validation_loss(plan.recipe.evaluation.max_documents)
-    total = sum(timed.seconds)
-    step = middle(timed.seconds)
-    per_second = timed.tokens / total
+    # Steps hold different documents, so what is robust is the middle of their seconds for each token.
+    per_token = middle([seconds / tokens for seconds, tokens in zip(timed.seconds, timed.tokens, strict=True)])
+    tokens = sum(timed.tokens) / len(timed.tokens)
     return Measurement(
-        step_seconds=Interval(middle=total / len(timed.seconds), low=min(step), high=max(step)),
-        tokens_per_second=Interval(
-            middle=per_second,
-            low=per_second * (total / len(timed.seconds)) / max(step),
-            high=per_second * (total / len(timed.seconds)) / min(step),
-        ),
+        step_seconds=_interval(*(each * tokens for each in per_token)),
+        tokens_per_second=_interval(1 / per_token[0], 1 / per_token[2], 1 / per_token[1]),
         peak_tensor_bytes=peak,
         worst_case=which,
         gate=None if timed.first is None else Gate(**vars(timed.first)),
@@ -119,8 +115,8 @@ def _measure(asked: Trial, plan: Plan, folder: Path) -> Measurement:
         loss=loss,
         steps=asked.warm_up + asked.steps,
         supervised_tokens=timed.supervised_tokens,
-        tokens=timed.tokens,
-        training_seconds=total,
+        tokens=sum(timed.tokens),
+        training_seconds=sum(timed.seconds),
     )
 
 
