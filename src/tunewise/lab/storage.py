@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -47,8 +47,8 @@ class Storage:
         try:
             storage = optuna.storages.RDBStorage(url)
             self._studies = {name: self._open(storage, f"{prefix}{name}", metrics) for name, metrics in STUDIES.items()}
-        except (SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
-            raise InputError(f"The storage '{url}' cannot be opened: {str(error).splitlines()[0]}") from error
+        except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, ValueError) as error:
+            raise InputError(f"The storage '{url}' cannot be opened: {_reason(error)}") from error
         self._known = {
             trial.user_attrs["key"]: outcome_from_json(trial.user_attrs["outcome"])
             for study in self._studies.values()
@@ -110,13 +110,18 @@ class Storage:
         )
         try:
             self._studies[study].add_trial(trial)
-        except SQLAlchemyError as error:
-            reason = str(error).splitlines()[0]
+        except (SQLAlchemyError, StorageInternalError) as error:
             raise StorageError(
-                f"A finished trial cannot be written to '{self.url}': {reason}. All earlier ones are kept; make room "
-                "and start the same command again."
+                f"A finished trial cannot be written to '{self.url}': {_reason(error)}. All earlier ones are kept; "
+                "make room and start the same command again."
             ) from error
         self._known[key] = outcome
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what went wrong; Optuna puts an error of its own around the database's."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+    return str(cause).splitlines()[0]
 
 
 def _distribution(value: object) -> BaseDistribution:
@@ -125,7 +130,7 @@ def _distribution(value: object) -> BaseDistribution:
         case bool():
             return CategoricalDistribution((False, True))
         case int():
-            return IntDistribution(1, 2**31 - 1, log=True) if value >= 1 else IntDistribution(0, 2**31 - 1)
+            return IntDistribution(0, 2**62)
         case float():
             return FloatDistribution(1e-12, 1e6, log=True)
         case _:

@@ -203,7 +203,7 @@ class Tuning:
             recipe,
             step_seconds=self._step_seconds,
             overhead_seconds=self._overhead_seconds(evaluated),
-            noise_documents=max(1, round(documents / 4)),
+            noise_documents=max(1, math.ceil(documents / 3)),
             max_documents=evaluated,
         )
         question = BatchQuestion(

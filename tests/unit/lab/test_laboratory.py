@@ -103,6 +103,15 @@ def test_the_storage_is_an_optuna_study(tmp_path: Path) -> None:
     assert optuna.visualization.plot_intermediate_values(study).data
 
 
+def test_a_study_takes_parameters_of_any_size(tmp_path: Path) -> None:
+    lab = laboratory(tmp_path, *[Measurement(loss=1.0)] * 3)
+    for number, seed in enumerate((0, 1, 2**40)):
+        trial = Trial(task="learn", recipe=RECIPE, repeat=number)
+        params = {"seed": seed, "learning_rate": 10.0**-number, "packing": bool(number % 2)}
+        lab.run("batch size", trial, params=params, role="", expected_seconds=1.0)
+    assert asked(lab) == 3
+
+
 def test_methods_have_two_objectives(tmp_path: Path) -> None:
     step = Interval(middle=0.5, low=0.4, high=0.6)
     lab = laboratory(tmp_path, Measurement(step_seconds=step, peak_tensor_bytes=1000))
