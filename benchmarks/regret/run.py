@@ -78,7 +78,7 @@ WORKLOADS = {
         recipe={
             "model": str(SHARED / "models" / "stories260k"),
             "data": {
-                "source": str(SHARED / "gpteacher" / "toolformer.jsonl.gz"),
+                "source": str(SHARED / "gpteacher" / "toolformer_sim06.jsonl.gz"),
                 "max_length": 512,
                 "max_records": 600,
             },

@@ -96,7 +96,7 @@ def _rate_of(tried: Tried) -> Interval | None:
 
 
 def _single(study: MethodStudy, name: str) -> SingleEffect:
-    alone_on = study._closed(frozenset({name}))
+    alone_on = study.closed(frozenset({name}))
     alone, without = study.tried.get(alone_on), study.tried.get(alone_on - {name})
     winner, left_out = study.tried.get(study.winner), study.tried.get(study.winner - {name})
     is_in = name in study.winner
@@ -143,7 +143,7 @@ def _cumulative(study: MethodStudy, what: str) -> Cumulative | None:
 
 def _front(study: MethodStudy) -> list[Tried]:
     """Combinations of the user's learning problem that no other sound one beats in time and memory."""
-    sound = [t for t in study.tried.values() if t.is_sound and study._keeps_what_is_learnt(t.on)]
+    sound = [t for t in study.tried.values() if t.is_sound and study.keeps_what_is_learnt(t.on)]
 
     def is_beaten(one: Tried) -> bool:
         return any(

@@ -30,6 +30,9 @@ from tunewise.planner.predict import Prediction
 CLEARLY_FASTER = 0.10
 """A method that exists to save memory must save this part of the time to be chosen where memory suffices."""
 
+NEEDED = ("baseline", "candidate")
+"""Roles of trials without which there is no answer; all others end with the budget."""
+
 FINALISTS = 3
 SURELY_FITS = 0.5
 """Of the limit: a baseline that needs no more leaves every other combination enough, and no more is predicted."""
@@ -159,7 +162,7 @@ class MethodStudy:
     def _alone(self) -> None:
         """Try each method by itself; one that fails or whose numbers disagree leaves the study."""
         for name in self.space.names:
-            on = self._closed(frozenset({name}))
+            on = self.closed(frozenset({name}))
             found = self._try(on, "alone")
             if found is None:
                 continue
@@ -176,7 +179,7 @@ class MethodStudy:
         self.excluded.append((name, reason))
         self.space = self.space.without([name])
 
-    def _closed(self, on: On) -> On:
+    def closed(self, on: On) -> On:
         """Return a set of factors with what its members require."""
         required = {s.requires for s in self.space.switches if s.factor.name in on and s.requires}
         return frozenset(on | (required & set(self.space.names)))
@@ -215,7 +218,7 @@ class MethodStudy:
         fitting = [tried for tried in fitting if tried.peak_bytes <= self.limit_bytes]
         if not fitting:
             measured = [t for t in self.tried.values() if t.is_sound and t.peak_bytes <= self.limit_bytes]
-            fitting = [t for t in measured if self._keeps_what_is_learnt(t.on)] or measured
+            fitting = [t for t in measured if self.keeps_what_is_learnt(t.on)] or measured
         if not fitting:
             raise InputError("No combination of methods that was tried fits into memory and computes what it should.")
         ranked = sorted(fitting, key=lambda tried: tried.seconds)
@@ -224,7 +227,7 @@ class MethodStudy:
 
     def _promising(self) -> list[On]:
         """Combinations that learn the user's problem, by predicted speed; memory methods only where they are needed."""
-        candidates = [on for on in self._combinations() if self._keeps_what_is_learnt(on)]
+        candidates = [on for on in self._combinations() if self.keeps_what_is_learnt(on)]
         scored = [(self._expected_seconds(on), on) for on in candidates if self._expected_to_fit(on)]
         memory = {f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning"}
         lean = [(seconds, on) for seconds, on in scored if not on & memory]
@@ -243,7 +246,7 @@ class MethodStudy:
             sets += [on | {name} for on in sets]
         return [on for on in sets if self.space.refusal(on) is None]
 
-    def _keeps_what_is_learnt(self, on: On) -> bool:
+    def keeps_what_is_learnt(self, on: On) -> bool:
         """Say whether the methods that change what is learnt are those of the user's recipe."""
         learning = {factor.name for factor in self.space.factors if factor.fidelity == "learning"}
         return on & learning == self.space.of_base() & learning
@@ -258,9 +261,12 @@ class MethodStudy:
     def _product(self, on: On) -> float:
         """Return the baseline's seconds times the effects that each method has alone."""
         base = self.tried[frozenset()].seconds
+        if math.isinf(base):  # the plain form could not be measured, so nothing was measured against it
+            prediction = self.predicted(on)
+            return math.inf if prediction is None else prediction.step_seconds.middle
         seconds = base
         for name in on:
-            alone = self.tried.get(self._closed(frozenset({name})))
+            alone = self.tried.get(self.closed(frozenset({name})))
             seconds *= alone.seconds / base if alone is not None and math.isfinite(alone.seconds) else 1.0
         return seconds
 
@@ -290,6 +296,9 @@ class MethodStudy:
         known = self.tried.get(on)
         if known is not None and repeat < len(known.outcomes):
             return known
+        if role not in NEEDED and self._budget_left() < self._cost(1):
+            self._say_once(role, "the budget ended before all of these were tried")
+            return None
         if not self._predicted_to_fit(on):
             self.excluded.append((self.space.label(on), "predicted not to fit into memory"))
             return None
@@ -310,6 +319,10 @@ class MethodStudy:
         found = Tried(on, known.role if known else role, outcomes, self._gate(on, recipe, outcome))
         self.tried[on] = found
         return found
+
+    def _say_once(self, what: str, reason: str) -> None:
+        if (what, reason) not in self.excluded:
+            self.excluded.append((what, reason))
 
     def _gate(self, on: On, recipe: object, outcome: Measurement | OutOfMemory | Failed) -> Verdict | None:
         """Compare a combination's first batch with that of the same learning problem in its plain form."""

@@ -167,8 +167,8 @@ def _sentences(
     if chosen is None:
         return ["No arm gave a validation loss, so nothing can be said about the batch size."]
     said = [
-        f"{chosen.batch_tokens:,} supervised tokens a step at learning rate {chosen.learning_rate:.2g}: validation loss "
-        f"{chosen.loss.middle:.4f} after {share:.0%} of the run's tokens, the whole run in "
+        f"{chosen.batch_tokens:,} supervised tokens a step at learning rate {chosen.learning_rate:.2g}: validation "
+        f"loss {chosen.loss.middle:.4f} after {share:.0%} of the run's tokens, the whole run in "
         f"{format_seconds(chosen.run_seconds)}."
     ]
     others = [f"{point.batch_tokens:,}" for point in points if point.is_tied and point is not chosen]
@@ -185,8 +185,8 @@ def _sentences(
         said.append(f"{point.batch_tokens:,} tokens a step would cost {difference:+.3f} nats and {time:+.0%} time.")
     if critical is not None:
         said.append(
-            f"The critical batch is about {critical.middle:,.0f} tokens ({critical.low:,.0f} to {critical.high:,.0f}): a "
-            "batch of that size needs twice the tokens of a tiny one."
+            f"The critical batch is about {critical.middle:,.0f} tokens ({critical.low:,.0f} to {critical.high:,.0f}): "
+            "a batch of that size needs twice the tokens of a tiny one."
         )
     if len(points) > 1 and chosen.batch_tokens in (points[0].batch_tokens, points[-1].batch_tokens):
         said.append("The answer lies at the edge of what was tried.")

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from tunewise.errors import InputError
+from tunewise.lab.contributions import method_findings
+from tunewise.lab.factors import FactorSpace, On, factor_space
+from tunewise.lab.laboratory import Laboratory, Spent
+from tunewise.lab.method_study import MethodStudy
+from tunewise.lab.outcome import Failed, Gate, Interval, Measurement, OutOfMemory
+from tunewise.lab.trial import Trial
+from tunewise.machine.machine import Machine
+from tunewise.methods import complete
+from tunewise.methods.reading import recipe_from_mapping
+from tunewise.planner.predict import Predictor
+from tunewise.recipe import BatchSpec, Recipe
+
+EFFECT = {  # on time, on memory
+    "bf16": (0.5, 0.8),
+    "packing": (0.6, 0.7),
+    "supervised loss": (0.9, 0.7),
+    "attention": (0.95, 1.0),
+    "accumulation": (1.05, 0.5),
+    "checkpointing": (1.3, 0.4),
+    "lora": (0.8, 0.6),
+    "nf4": (1.2, 0.7),
+}
+CONFIG = AutoConfig.for_model("llama", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+MACHINE = Machine(
+    name="here", kind="cpu", memory_bytes=2**33, usable_memory_bytes=2**33, usable_memory_rule="all",
+    bandwidth_bytes_per_second=1e10, flops_per_second={"fp32": 1e11, "bf16": 3e11}, source="made up",
+)  # fmt: skip
+
+
+def base_recipe(**methods: Any) -> Recipe:
+    start = recipe_from_mapping(
+        {
+            "model": "embedded",
+            "data": {"source": "stdlib", "max_length": 128},
+            "methods": {"lora": {"rank": 4}, "packing": {"row_tokens": 256}, **methods},
+            "training": {"learning_rate": 1e-3},
+        }
+    )
+    recipe = complete(start, CONFIG, torch.device("cpu"))
+    return recipe.replace(batch=BatchSpec(supervised_tokens=512, micro_batch_size=1))
+
+
+@dataclass
+class Formula:
+    """A laboratory whose trials take what a formula says; it keeps what was asked."""
+
+    space: FactorSpace
+    effects: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(EFFECT))
+    synergy: dict[On, float] = field(default_factory=dict)
+    broken: dict[str, Any] = field(default_factory=dict)
+    asked: list[On] = field(default_factory=list)
+    spent: dict[str, Spent] = field(default_factory=dict)
+
+    def run(self, study: str, trial: Trial, *, params: dict[str, bool], role: str, expected_seconds: float) -> Any:
+        on = frozenset(name for name, is_on in params.items() if is_on)
+        self.asked.append(on)
+        account = self.spent.setdefault(study, Spent())
+        account.num_trials += 1
+        account.seconds += 1.0
+        for name, outcome in self.broken.items():
+            if name in on and not isinstance(outcome, float):
+                return outcome
+        seconds = math.prod((self.effects[name][0] for name in on), start=1.0)
+        seconds *= math.prod(factor for both, factor in self.synergy.items() if both <= on)
+        peak = 1e9 * math.prod((self.effects[name][1] for name in on), start=1.0)
+        wrong = max((error for name, error in self.broken.items() if name in on), default=0.0)
+        learning = "lora" if "lora" in on else "full"
+        return Measurement(
+            step_seconds=Interval(middle=seconds, low=0.98 * seconds, high=1.02 * seconds),
+            tokens_per_second=Interval(middle=1000 / seconds, low=980 / seconds, high=1020 / seconds),
+            peak_tensor_bytes=int(peak),
+            loss=2.0 - 0.1 * ("lora" in on),
+            gate=Gate(loss=2.0, norm=1.0, sketch=(1.0, wrong), trainable=learning),
+        )
+
+
+def space_of(recipe: Recipe) -> FactorSpace:
+    rows = SimpleNamespace(rows_per_step=8, documents_per_row=3)
+
+    def refuse(*_: object) -> None:
+        raise InputError("nothing is predicted here")
+
+    load = SimpleNamespace(laid_out=lambda packing, size: rows)
+    predictor = SimpleNamespace(rows=lambda choice, size: rows, predict=refuse, load=load)
+    return factor_space(recipe, CONFIG, MACHINE, cast(Predictor, predictor))
+
+
+def study(recipe: Recipe | None = None, *, budget: float = 1000.0, limit: float = 1e12, **changes: Any) -> MethodStudy:
+    space = space_of(recipe or base_recipe())
+    wishes = {name: changes.pop(name) for name in ("wanted", "unwanted") if name in changes}
+    laboratory = Formula(space, **changes)
+    return MethodStudy(cast(Laboratory, laboratory), space, int(limit), budget, 0.5, **wishes)
+
+
+def run(**arguments: Any) -> MethodStudy:
+    done = study(**arguments)
+    done.run()
+    return done
+
+
+def test_the_factors_of_a_recipe() -> None:
+    space = space_of(base_recipe())
+    assert space.names == tuple(EFFECT)
+    assert space.of_base() == {"bf16", "packing", "supervised loss", "attention", "accumulation", "lora"}
+    assert space.refusal(frozenset({"nf4"})) is not None
+    assert space.refusal(frozenset({"nf4", "lora"})) is None
+
+
+def test_on_means_what_the_users_recipe_says() -> None:
+    space = space_of(base_recipe())
+    methods = {m.name: m for m in space.recipe(space.of_base()).methods or ()}
+    assert methods["lora"] == base_recipe().get(type(methods["lora"]))
+    assert methods["packing"] == base_recipe().get(type(methods["packing"]))
+
+
+def test_full_fine_tuning_takes_a_tenth_of_the_rate() -> None:
+    space = space_of(base_recipe())
+    assert space.recipe(frozenset()).training.learning_rate == pytest.approx(1e-4)
+    assert space.recipe(frozenset({"lora"})).training.learning_rate == pytest.approx(1e-3)
+
+
+def test_what_is_fastest_of_the_users_problem_wins() -> None:
+    done = run()
+    assert done.winner == {"bf16", "packing", "supervised loss", "attention", "lora"}
+    assert done.runner_up is not None
+
+
+def test_memory_methods_come_only_when_memory_is_short() -> None:
+    plain = run()
+    assert not plain.winner & {"checkpointing", "accumulation", "nf4"}
+    need = plain.tried[plain.winner].peak_bytes
+    short = run(limit=0.8 * need)
+    assert short.winner & {"checkpointing", "accumulation"}
+    assert short.tried[short.winner].peak_bytes <= 0.8 * need
+
+
+def test_a_memory_method_that_makes_it_clearly_faster_is_welcome() -> None:
+    done = run(effects={**EFFECT, "accumulation": (0.6, 0.5)})
+    assert "accumulation" in done.winner
+
+
+def test_what_changes_learning_is_shown_and_not_chosen_for_speed() -> None:
+    done = run(effects={**EFFECT, "nf4": (0.2, 0.5)})
+    assert "nf4" not in done.winner
+    single = {effect.name: effect for effect in method_findings(done).single}
+    assert single["nf4"].alone_time is not None
+    assert single["nf4"].alone_time.middle == pytest.approx(0.2)
+
+
+def test_a_wrong_gradient_takes_a_method_out() -> None:
+    done = run(broken={"packing": 0.5})
+    findings = method_findings(done)
+    assert "packing" not in done.winner
+    assert any(name == "packing" and "gradient" in reason for name, reason in findings.excluded)
+
+
+@pytest.mark.parametrize("outcome", [Failed(reason="the interpreter crashed: SIGSEGV"), OutOfMemory(reason="full")])
+def test_a_method_that_fails_is_an_outcome(outcome: Any) -> None:
+    done = run(broken={"attention": outcome})
+    assert "attention" not in done.winner
+    assert any(name == "attention" for name, _ in method_findings(done).excluded)
+    assert done.tried[done.winner].measured
+
+
+def test_wishes() -> None:
+    done = run(wanted=frozenset({"checkpointing"}), unwanted=frozenset({"packing"}))
+    assert "packing" not in done.space.names
+    recipe = done.space.recipe(done.winner)
+    names = {method.name for method in recipe.methods or ()}
+    assert "checkpointing" in names
+    assert "packing" not in names
+
+
+def test_single_effects_are_those_of_the_formula() -> None:
+    findings = method_findings(run())
+    for effect in findings.single:
+        assert effect.alone_time is not None
+        assert effect.alone_memory is not None
+        assert effect.alone_time.middle == pytest.approx(EFFECT[effect.name][0], rel=1e-6)
+        assert effect.alone_memory.middle == pytest.approx(EFFECT[effect.name][1], rel=1e-3)
+        if effect.left_out_time is not None:
+            assert effect.left_out_time.middle == pytest.approx(EFFECT[effect.name][0], rel=1e-6)
+
+
+def test_independent_effects_have_no_synergy_and_dependent_ones_do() -> None:
+    free = method_findings(run()).cumulative_time
+    assert free is not None
+    assert free.synergy == pytest.approx(1.0, rel=1e-6)
+    both = frozenset({"bf16", "packing"})
+    bound = run(synergy={both: 1.25})
+    findings = method_findings(bound)
+    assert findings.cumulative_time is not None
+    assert findings.cumulative_time.synergy == pytest.approx(1.25, rel=1e-6)
+    pairs = [effect for effect in findings.time_effects if " x " in effect.term]
+    strongest = max(pairs, key=lambda effect: abs(math.log(effect.ratio.middle)))
+    assert "bf16 x packing" in strongest.term
+    assert 1.0 < strongest.ratio.low < strongest.ratio.middle < 1.3
+
+
+def test_the_ladder_adds_the_winners_methods_one_by_one() -> None:
+    done = run()
+    assert [len(on) for on in done.ladder] == list(range(len(done.winner) + 1))
+    assert done.ladder[-1] == done.winner
+
+
+def test_no_recipe_is_measured_twice_but_the_finalists() -> None:
+    done = run()
+    asked = cast(Formula, done.laboratory).asked
+    repeated = {on for on in asked if asked.count(on) > 1}
+    assert len(repeated) <= 3
+    assert all(done.tried[on].role in ("candidate", "factorial", "baseline", "alone") for on in repeated)
+
+
+def test_a_small_budget_still_gives_an_answer() -> None:
+    done = run(budget=12.0)
+    assert done.winner == {"bf16", "packing", "supervised loss", "attention", "lora"}
+    assert any("budget" in reason for _, reason in done.excluded)
+    assert len(cast(Formula, done.laboratory).asked) <= 16
+
+
+def test_nothing_that_works_is_an_error() -> None:
+    names = dict.fromkeys(EFFECT, Failed(reason="broken"))
+    done = study(broken=names)
+    cast(Formula, done.laboratory).run = lambda *a, **k: Failed(reason="broken")  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="broken"):
+        done.run()
+
+
+def test_the_report_has_every_trial() -> None:
+    done = run()
+    findings = method_findings(done)
+    assert len(findings.trials) == len(done.tried)
+    assert findings.chosen in {trial.label for trial in findings.trials}
+    assert findings.front
+    assert findings.sentences
