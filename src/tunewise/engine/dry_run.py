@@ -8,6 +8,7 @@ is allocated, no weight is read, and depth costs nothing: two shallow models are
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,34 @@ class BatchShape:
         )
 
 
+@dataclass(frozen=True)
+class TraceJob:
+    """The arguments of one `trace`; jobs do not depend on each other, so they can run in any process."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    profile: DeviceProfile
+    batches: tuple[BatchShape, ...]
+    evaluation: BatchShape | None = None
+    finish: Callable[[Run], object] | None = None
+    saves: bool = True
+
+    def run(self) -> Trace:
+        """Do it."""
+        return trace(
+            self.recipe, self.config, self.profile, self.batches, self.evaluation, self.finish, saves=self.saves
+        )
+
+
+TraceAll = Callable[[Sequence[TraceJob]], Sequence[Trace]]
+"""Runs jobs and returns their answers in the same order."""
+
+
+def one_by_one(jobs: Sequence[TraceJob]) -> list[Trace]:
+    """Run jobs in this process."""
+    return [job.run() for job in jobs]
+
+
 def dry_run(
     recipe: Recipe,
     config: PretrainedConfig,
@@ -91,6 +120,7 @@ def dry_run(
     evaluation: BatchShape | None = None,
     profile: DeviceProfile | None = None,
     finish: Callable[[Run], object] | None = None,
+    trace_all: TraceAll = one_by_one,
 ) -> Estimate:
     """Return what one step of `recipe`, an evaluation and saving need, with the optimizer's state already there.
 
@@ -102,23 +132,22 @@ def dry_run(
         evaluation: a micro-batch of the evaluation; None: none is estimated.
         profile: what the device adds; None: the usual one of `device_kind`.
         finish: what is done with the run at the end (`export.merge.merge_adapters`), also estimated; None: nothing.
+        trace_all: how the one or two traces are run.
 
     Raises:
         Conflict: the recipe's methods contradict each other or this model.
     """
     profile = profile or PROFILES[device_kind]
     shapes = (batches,) if isinstance(batches, BatchShape) else tuple(batches)
-
-    def traced(config: PretrainedConfig, recipe: Recipe) -> Trace:
-        return trace(recipe, config, profile, shapes, evaluation, finish)
-
     depths = shallow_depths(config, recipe)
+    models = [(config, recipe)] if depths is None else [shallow(config, recipe, kept) for kept in depths]
+    traces = trace_all([TraceJob(each, model, profile, shapes, evaluation, finish) for model, each in models])
     if depths is None:
-        whole = traced(config, recipe)
+        (whole,) = traces
         peaks, work = whole.peaks(), dict(whole.work)
         counts, notes = (whole.trainable_parameters, whole.total_parameters), whole.notes
     else:
-        small, large = (traced(*shallow(config, recipe, kept)) for kept in depths)
+        small, large = traces
         peaks, work, counts = extend(small, large, int(config.get_text_config().num_hidden_layers))
         notes = large.notes
     if profile.kind != "cpu":
@@ -141,8 +170,13 @@ def trace(
     batches: Sequence[BatchShape],
     evaluation: BatchShape | None = None,
     finish: Callable[[Run], object] | None = None,
+    *,
+    saves: bool = True,
 ) -> Trace:
-    """Run the step of the whole model (no extension in depth) on fake tensors and return what was seen."""
+    """Run the step of the whole model (no extension in depth) on fake tensors and return what was seen.
+
+    Without `batches` the gradients of a step are there from nowhere, and only the update is seen.
+    """
     with FakeTensors(), Answers(), torch.random.fork_rng(devices=[]):
         dry = _DryStep(recipe, config, profile)
         if all(len(row) == 1 for shape in batches for row in shape.document_lengths):
@@ -151,7 +185,8 @@ def trace(
             dry.step(batches)
             if evaluation is not None:
                 dry.evaluate(evaluation)
-            dry.save()
+            if saves:
+                dry.save()
             if finish is not None:
                 dry.tracker.enter(Place(Moment.MERGE))
                 finish(dry.run)
@@ -166,7 +201,8 @@ class _DryStep:
         precision = recipe.get(Precision)
         if precision is None:
             raise ValueError("the recipe is not complete; pass it through tunewise.methods.complete first")
-        model = random_model(config, precision.loading_dtype(recipe), recipe.seed)
+        # A copy, because setting the attention writes into the configuration.
+        model = random_model(copy.deepcopy(config), precision.loading_dtype(recipe), recipe.seed)
         vocab_size = model.get_input_embeddings().num_embeddings
         of_the_base = list(model.parameters())  # held, so that no new parameter takes the identity of a freed one
         self.run = run = build(recipe, model, torch.device(profile.kind), is_dry=True)
@@ -204,6 +240,8 @@ class _DryStep:
     def step(self, batches: Sequence[BatchShape]) -> None:
         """The lines of `engine.train.Training._step`."""
         run, num_supervised = self.run, sum(shape.num_supervised for shape in batches)
+        if not batches:
+            self.tracker.adopt(self._make_gradients(), Kind.GRADIENTS)
         gradients(run, self._micro_batches(batches), max(num_supervised, 1), self.scaler)
         self.tracker.enter(Place(Moment.UPDATE))
         if not run.update_in_backward:
@@ -242,10 +280,16 @@ class _DryStep:
 
     def _make_state(self) -> None:
         """A first update, so that the step that is watched finds the state that all but the first one find."""
-        for _, parameter in self.run.trainable():
-            parameter.grad = torch.zeros_like(parameter)
+        self._make_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _make_gradients(self) -> list[Tensor]:
+        parameters = [parameter for _, parameter in self.run.trainable()]
+        made = [torch.zeros_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, made, strict=True):
+            parameter.grad = gradient
+        return made
 
     def _adopt_state(self) -> None:
         for entries in self.optimizer.state.values():

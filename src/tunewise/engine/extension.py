@@ -19,6 +19,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from tunewise.engine.estimate import Peak, Trace, highest
+from tunewise.engine.skeleton import block_kinds
 from tunewise.engine.tracking import Curve, Moment, Place
 from tunewise.engine.work import Work, WorkKey
 from tunewise.methods.checkpointing import Checkpointing
@@ -30,6 +31,9 @@ from tunewise.recipe import Method, Recipe
 Kept = tuple[int, ...]
 """The numbers of the blocks of the full model that a shallow one keeps, ascending."""
 
+_NUMBERS_OF_BLOCKS = ("mlp_only_layers", "attn_layer_indices", "moe_layers")
+"""Lists in configurations that name blocks by their numbers."""
+
 _FEWEST_BLOCKS = 2
 """With a single block the first is also the last, which real models never see."""
 
@@ -39,29 +43,38 @@ def shallow_depths(config: PretrainedConfig, recipe: Recipe) -> tuple[Kept, Kept
     signatures = block_signatures(config, recipe)
     start, end, period = _longest_periodic_run(signatures)
     rest = (end - start) % period
-    small = period * -(-_FEWEST_BLOCKS // period) + rest
+    small = _shorter(period) + rest
     large = small + period
     if large >= end - start:
+        return None
+    kinds = block_kinds(config)
+    if len(kinds) != len(signatures):  # blocks that are used twice, or are no blocks of transformers'
         return None
     outside = (tuple(range(start)), tuple(range(end, len(signatures))))
     # The first blocks of the run and its last `rest` ones: as a whole period is left out, the pattern goes on unbroken.
     first, second = ((*outside[0], *range(start, start + count), *outside[1]) for count in (small, large))
-    return first, second
+    is_true = all(_kinds_of(config, recipe, kept) == [kinds[number] for number in kept] for kept in (first, second))
+    return (first, second) if is_true else None
+
+
+def _kinds_of(config: PretrainedConfig, recipe: Recipe, kept: Kept) -> list[str]:
+    """Return the kinds of a shallow model's blocks; nothing where there is no such model."""
+    try:
+        return list(block_kinds(shallow(config, recipe, kept)[0]))
+    except Exception:  # whatever a configuration does not like about being shortened
+        return []
 
 
 def block_signatures(config: PretrainedConfig, recipe: Recipe) -> list[tuple[Any, ...]]:
-    """Return for each block what sets it apart from others, by the configuration and by the recipe's methods."""
+    """Return for each block what sets it apart from others, by its modules, the configuration and the methods."""
     text = config.get_text_config()
     depth = int(text.num_hidden_layers)
     columns: list[Sequence[Any]] = [
         value for value in text.to_dict().values() if isinstance(value, list | tuple) and len(value) == depth
     ]
-    dense = getattr(text, "first_k_dense_replace", None)
-    if isinstance(dense, int):
-        columns.append([number < dense for number in range(depth)])
-    step, mlp_only = getattr(text, "decoder_sparse_step", None), getattr(text, "mlp_only_layers", None) or ()
-    if isinstance(step, int) and step > 0:
-        columns.append([number not in mlp_only and (number + 1) % step == 0 for number in range(depth)])
+    kinds = block_kinds(config)
+    if len(kinds) == depth:
+        columns.append(kinds)
     checkpointing, lora, freeze = (recipe.get(kind) for kind in (Checkpointing, LoRA, Freeze))
     if isinstance(checkpointing, Checkpointing):
         columns.append([number % checkpointing.every for number in range(depth)])
@@ -89,8 +102,9 @@ def shallow(config: PretrainedConfig, recipe: Recipe, kept: Kept) -> tuple[Pretr
     dense = getattr(text, "first_k_dense_replace", None)
     if isinstance(dense, int):
         text.first_k_dense_replace = sum(number < dense for number in kept)
-    if getattr(text, "mlp_only_layers", None):
-        text.mlp_only_layers = [place for place, number in enumerate(kept) if number in text.mlp_only_layers]
+    for name in _NUMBERS_OF_BLOCKS:
+        if numbers := getattr(text, name, None):
+            setattr(text, name, [place for place, number in enumerate(kept) if number in numbers])
     methods = tuple(_shallow_method(method, kept, depth) for method in recipe.methods or ())
     return config, recipe.replace(methods=methods)
 
@@ -148,11 +162,17 @@ def _longest_periodic_run(signatures: Sequence[tuple[Any, ...]]) -> tuple[int, i
             end = min(start + period, depth)
             while end < depth and signatures[end] == signatures[end - period]:
                 end += 1
-            left_out = end - start - 3 * period - (end - start) % period
+            longer = _shorter(period) + period
+            left_out = end - start - longer - (end - start) % period
             if left_out > most_left_out:
                 best, most_left_out = (start, end, period), left_out
             start = max(start + 1, end - period + 1)
     return best
+
+
+def _shorter(period: int) -> int:
+    """Return how many blocks of a run the shallower model keeps: whole periods."""
+    return period * -(-_FEWEST_BLOCKS // period)
 
 
 def _number_part(pattern: str) -> int | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tunewise.engine.fake_tensors import DEVICE
 from tunewise.engine.work import WorkTable
 
 
@@ -111,9 +112,11 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE:
+            return args[0].fake_device
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func.namespace == "prim":  # questions about a tensor (prim.device), asked for fake ones only
+        if func.namespace == "prim":  # other questions about a tensor
             return output
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for leaf in leaves:
@@ -191,11 +194,14 @@ class Tracker(TorchDispatchMode):
         """Note where autograd adds up two gradients of one tensor.
 
         It adds in place when nobody else holds the first one, but never under a dispatch mode or with fake tensors
-        (`can_accumulate_inplace`, torch/csrc/autograd/input_buffer.cpp).
+        (`can_accumulate_inplace`, torch/csrc/autograd/input_buffer.cpp). A view holds its base: the gradient of a
+        transposed weight, of a head that is tied to the embedding, is one.
         """
         if self._places[-1][0].moment != Moment.BACKWARD or torch.is_grad_enabled():
             return
         first, second = args[:2]
+        if first._is_view():
+            return
         if isinstance(second, Tensor) and first.shape == second.shape == total.shape and first.dtype == total.dtype:
             self._accumulations.append((self._see(total), self._see(first)))
 

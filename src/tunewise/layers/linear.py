@@ -7,6 +7,8 @@ shape (out, in).
 
 from __future__ import annotations
 
+import inspect
+import re
 from abc import ABC, abstractmethod
 
 import torch
@@ -72,9 +74,26 @@ def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a language model by name, in its order, without the output head."""
+    """Return the linear layers of a language model by name, in its order, but not the head and bypassed ones."""
     head = output_head(model)
-    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and not is_bypassed(model, name)
+    }
+
+
+def is_bypassed(model: nn.Module, name: str) -> bool:
+    """Whether a state-space mixer takes this layer's tensors instead of calling it.
+
+    Its fused kernels do (Mamba and its descendants), so what is put in the layer's place would not be computed.
+    """
+    owner_name, _, own_name = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if not any(isinstance(child, nn.Conv1d) for child in owner.children()):
+        return False
+    code = inspect.getsource(type(owner))
+    return re.search(rf"self\.{re.escape(own_name)}\.(weight|bias)\b", code) is not None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -6,6 +6,7 @@ import itertools
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
@@ -26,16 +27,35 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 transformers' masks."""
 
 
+_WITH_SINKS = {
+    "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash",
+}  # fmt: skip
+"""Model types whose softmax has a learnt sink, which attention per document has not (transformers 5.23)."""
+
 _UNAWARE_OF_POSITIONS = {"falcon", "opt"}
 """Model types that make no block-diagonal mask of restarting positions and take one ready-made (transformers
 5.23)."""
 
 
-def default_attention_kind(model: type[PreTrainedModel] | PreTrainedModel) -> AttentionKind:
-    """Return the best kind that a model (or its class) supports: per_document, else sdpa, else eager."""
-    if model._supports_attention_backend:
+def default_attention_kind(
+    model: type[PreTrainedModel] | PreTrainedModel, config: PretrainedConfig | None = None
+) -> AttentionKind:
+    """Return the best kind that a model supports: per_document, else sdpa, else eager.
+
+    Args:
+        model: the model, or its class.
+        config: of a class; without it only the class is asked, not what kinds of layers this model has.
+    """
+    config = config or getattr(model, "config", None)
+    is_plain = config is None or not (_foreign_layers(config) or config.model_type in _WITH_SINKS)
+    if model._supports_attention_backend and is_plain:
         return "per_document"
     return "sdpa" if model._supports_sdpa else "eager"
+
+
+def _foreign_layers(config: PretrainedConfig) -> list[str]:
+    """Return the layer types of a configuration that attention per document knows nothing of."""
+    return sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _KNOWN_LAYERS)
 
 
 class Attention(Method):
@@ -84,6 +104,8 @@ class Attention(Method):
             config = model.config.get_text_config()
             if config.model_type in _UNAWARE_OF_POSITIONS and not getattr(config, "alibi", False):
                 run.documents.mask_dtype = torch.bool if self.kind == "sdpa" else torch.float32
+        if run.layout.row_tokens is not None:
+            _refuse_recurrence(model)
         if run.layout.row_tokens is not None and not run.is_dry and documents_touch(run):
             raise Conflict(
                 f"With attention: {self.kind}, {type(model).__name__} lets a packed document see the one "
@@ -131,6 +153,16 @@ def _instead_of_packing(kind: AttentionKind, best: AttentionKind) -> str:
     return "Leave packing out." if kind == best else f"Use attention: {{kind: {best}}}, or leave packing out."
 
 
+def _refuse_recurrence(model: PreTrainedModel) -> None:
+    """State spaces and convolutions over positions know no documents: what one leaves behind enters the next."""
+    mixer = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)), None)
+    if mixer is not None:
+        raise Conflict(
+            f"{type(model).__name__} carries a state from position to position ('{mixer}'), so a packed document would "
+            "feel the one before it. Leave packing out."
+        )
+
+
 def _check_supported(model: PreTrainedModel) -> None:
     name = type(model).__name__
     instead = "sdpa" if model._supports_sdpa else "eager"
@@ -140,7 +172,7 @@ def _check_supported(model: PreTrainedModel) -> None:
             f"cannot attend per document. Use attention: {{kind: {instead}}}."
         )
     config: PretrainedConfig = model.config.get_text_config()
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    foreign = _foreign_layers(config)
     if foreign:
         raise Conflict(
             f"{name} has layers of the type '{foreign[0]}', whose mask attention per document does not know. "

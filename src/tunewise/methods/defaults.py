@@ -83,7 +83,7 @@ def _complete_methods(
     prompts = any(isinstance(method, Peft) and method.is_prompt_learning for method in chosen)
     if Slot.ATTENTION not in slots:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
-        kind = default_attention_kind(model_class)
+        kind = default_attention_kind(model_class, config)
         chosen.append(Attention(kind="sdpa" if prompts and kind == "per_document" else kind))
     if Slot.LOSS not in slots:
         chosen.append(WholeLoss() if prompts else SupervisedLoss())

@@ -18,6 +18,7 @@ from torch import nn
 from tunewise.errors import Conflict, InputError
 from tunewise.layers.linear import (
     PackedLinear,
+    is_bypassed,
     is_linear,
     is_tied,
     linear_layers,
@@ -114,6 +115,11 @@ class LoRA(Method):
                     raise InputError(
                         f"lora.target_modules: '{name}' is no linear layer but "
                         f"{type(modules[name]).__name__}. To train it fully put it into lora.modules_to_save."
+                    )
+                if is_bypassed(model, name):
+                    raise Conflict(
+                        f"lora.target_modules: the fused kernels of '{name.rpartition('.')[0]}' take the weight of "
+                        f"'{name}' without calling the layer, so an update beside it would be ignored. Leave it out."
                     )
                 if modules[name] is output_head(model) and is_tied(model):
                     raise Conflict(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from tunewise.engine.dry_run import TraceAll, one_by_one
 from tunewise.engine.schedule import total_steps
 from tunewise.errors import InputError
 from tunewise.machine import catalogue
@@ -74,9 +75,9 @@ class Case:
         recipe = prediction.choice.recipe(self.base, prediction.micro_batch_size)
         return complete(recipe, self.config, torch.device(self.machine.kind))
 
-    def predictor(self) -> Predictor:
-        """Return a predictor for this case."""
-        return Predictor(self.base, self.config, self.machine, self.load)
+    def predictor(self, trace_all: TraceAll = one_by_one) -> Predictor:
+        """Return a predictor for this case, which runs its traces by `trace_all`."""
+        return Predictor(self.base, self.config, self.machine, self.load, trace_all)
 
 
 def settle(question: Question) -> Case:

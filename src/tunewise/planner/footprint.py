@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from tunewise.engine.device_profile import DeviceProfile
-from tunewise.engine.dry_run import BatchShape, trace
+from tunewise.engine.dry_run import BatchShape, TraceAll, TraceJob, one_by_one
 from tunewise.engine.estimate import Trace
 from tunewise.engine.extension import shallow, shallow_depths
 from tunewise.engine.tracking import Curve, Kind, Place
@@ -87,26 +87,41 @@ def footprint(
     shapes: tuple[BatchShape, ...],
     *,
     evaluates: bool = False,
+    only_update: bool = False,
+    trace_all: TraceAll = one_by_one,
 ) -> Footprint:
     """Trace `recipe` at one or two sizes of micro-batch, or take up what was traced before.
 
-    One size is enough where only what does not depend on it is asked for (the optimizer's state). With `evaluates` an
-    evaluation of the same micro-batch is traced too.
+    One size is enough where only what does not depend on it is asked for (the optimizer's state), and no micro-batch
+    at all is run with `only_update`. With `evaluates` an evaluation of the same micro-batch is traced too. Saving is
+    seen on a CPU only: elsewhere it takes the host's memory.
 
     Raises:
         Conflict: the recipe's methods contradict each other or this model.
     """
+    depths = shallow_depths(config, recipe)
     methods = recipe.to_mapping().get("methods")
     training = recipe.training.model_dump(include={"max_grad_norm", "weight_decay"})
     shape_numbers = [[shape.document_lengths, shape.num_supervised] for shape in shapes]
     key = cache.key_of(
         {"config": config.to_dict(), "methods": methods, "training": training, "shapes": shape_numbers}
-        | {"profile": vars(profile), "device": recipe.device, "evaluates": evaluates, "what": "footprint"}
+        | {"profile": vars(profile), "device": recipe.device, "evaluates": evaluates, "only_update": only_update}
+        | {"what": "footprint"}
     )
     known = cache.read(key)
     if known is not None:
         return _from_plain(known)
-    made = _to_plain(_trace_all(recipe, config, profile, shapes, evaluates))
+    models = [(config, recipe)] if depths is None else [shallow(config, recipe, kept) for kept in depths]
+    jobs = [
+        TraceJob(
+            each, model, profile, () if only_update else (shape,), shape if evaluates else None,
+            saves=profile.kind == "cpu",
+        )
+        for shape in shapes
+        for model, each in models
+    ]  # fmt: skip
+    depth = int(config.get_text_config().num_hidden_layers)
+    made = _to_plain(_through(shapes, trace_all(jobs), depth))
     cache.write(key, made)
     return _from_plain(made)  # also the first time, so that rounding is the same every time
 
@@ -127,34 +142,29 @@ def num_parameters(config: PretrainedConfig, recipe: Recipe) -> int:
     return round(small + (large - small) * (depth - len(depths[0])) / (len(depths[1]) - len(depths[0])))
 
 
-def _trace_all(
-    recipe: Recipe, config: PretrainedConfig, profile: DeviceProfile, shapes: Sequence[BatchShape], evaluates: bool
-) -> Footprint:
-    depth = int(config.get_text_config().num_hidden_layers)
-    depths = shallow_depths(config, recipe)
-    models = [(config, recipe)] if depths is None else [shallow(config, recipe, kept) for kept in depths]
+def _through(shapes: Sequence[BatchShape], traces: Sequence[Trace], depth: int) -> Footprint:
+    """Return the footprint of `depth` blocks from the traces of one or two depths at each of the sizes."""
+    per_size = len(traces) // len(shapes)
     seen: list[tuple[dict[str, Curve], WorkTable]] = []
     counts = (0, 0)
-    for shape in shapes:
-        evaluation = shape if evaluates else None
-        traces = [trace(each_recipe, each, profile, (shape,), evaluation) for each, each_recipe in models]
-        small, large = traces[0], traces[-1]
-        factor = 0.0 if depths is None else (depth - small.num_blocks) / (large.num_blocks - small.num_blocks)
+    for first in range(0, len(traces), per_size):
+        small, large = traces[first], traces[first + per_size - 1]
+        factor = 0.0 if per_size == 1 else (depth - small.num_blocks) / (large.num_blocks - small.num_blocks)
         seen.append((_curves(small, large, factor), _work(small, large, factor)))
         counts = tuple(  # type: ignore[assignment]
-            round(first + (second - first) * factor)
-            for first, second in (
+            round(few + (more - few) * factor)
+            for few, more in (
                 (small.trainable_parameters, large.trainable_parameters),
                 (small.total_parameters, large.total_parameters),
             )
         )
     tokens = tuple(sum(map(sum, shape.document_lengths)) for shape in shapes)
     squares = tuple(float(sum(n * n for row in shape.document_lengths for n in row)) for shape in shapes)
-    (first, first_work), (second, second_work) = seen[0], seen[-1]
+    (curves, work), (second_curves, second_work) = seen[0], seen[-1]
     return Footprint(
-        places={name: _lines(first[name], second[name], tokens) for name in first if name in second},
+        places={name: _lines(curves[name], second_curves[name], tokens) for name in curves if name in second_curves},
         tokens=(tokens[0], tokens[-1]),
-        work=(first_work, second_work),
+        work=(work, second_work),
         squares=(squares[0], squares[-1]),
         trainable_parameters=counts[0],
         total_parameters=counts[1],

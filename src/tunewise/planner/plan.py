@@ -17,6 +17,7 @@ from tunewise.planner.calibration import Foretold, note_prediction
 from tunewise.planner.case import HERE, Case, Question, settle
 from tunewise.planner.explain import Explanation, explain
 from tunewise.planner.predict import Interval, Prediction, kind_of
+from tunewise.planner.processes import Processes
 from tunewise.planner.reasons import reasons
 from tunewise.planner.search import nothing_fits, search
 from tunewise.planner.space import Refused
@@ -142,11 +143,12 @@ def plan(
 def answer(question: Question) -> Plan:
     """Do the work of `plan`."""
     started = clock.perf_counter()
-    case = settle(question)
-    predictor = case.predictor()
-    selection = search(case, predictor)
-    if selection.best is None:
-        raise nothing_fits(case, selection)
+    with Processes() as processes:
+        case = settle(question)
+        predictor = case.predictor(processes.trace_all)
+        selection = search(case, predictor)
+        if selection.best is None:
+            raise nothing_fits(case, selection, processes.trace_all)
     rows = [row_of(each, case) for each in selection.front]
     best = row_of(selection.best, case)
     note_prediction(
@@ -181,12 +183,13 @@ def explain_method(question: Question, method: str) -> Explanation:
         InputError, Conflict: see `explain.explain`.
         NothingFits: there is no recommendation to explain it in.
     """
-    case = settle(question)
-    predictor = case.predictor()
-    selection = search(case, predictor)
-    if selection.best is None:
-        raise nothing_fits(case, selection)
-    return explain(method, case, predictor, selection.best)
+    with Processes() as processes:
+        case = settle(question)
+        predictor = case.predictor(processes.trace_all)
+        selection = search(case, predictor)
+        if selection.best is None:
+            raise nothing_fits(case, selection, processes.trace_all)
+        return explain(method, case, predictor, selection.best)
 
 
 def row_of(prediction: Prediction, case: Case) -> Row:

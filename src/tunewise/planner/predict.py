@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from tunewise.engine.device_profile import CUDA_HOPPER, PROFILES, DeviceProfile
-from tunewise.engine.dry_run import BatchShape, dry_run
+from tunewise.engine.dry_run import BatchShape, TraceAll, dry_run, one_by_one
 from tunewise.engine.estimate import Estimate
 from tunewise.engine.tracking import Kind, Moment
 from tunewise.errors import InputError
@@ -112,12 +112,14 @@ class Predictor:
 
     Attributes:
         base: a complete recipe; a combination changes its methods, its micro-batch and what in-backward updates need.
+        trace_all: runs traces that do not depend on each other.
     """
 
     base: Recipe
     config: PretrainedConfig
     machine: Machine
     load: Load
+    trace_all: TraceAll = one_by_one
     num_traced: int = 0
     _num_parameters: int | None = None
     _footprints: dict[tuple[str, bool], Footprint] = field(default_factory=dict)
@@ -219,7 +221,10 @@ class Predictor:
         known = cache.read(key)
         if known is not None:
             return estimate_from_plain(known)
-        made = dry_run(recipe, self.config, self.profile.kind, shapes, evaluation=shape, profile=self.profile)
+        made = dry_run(
+            recipe, self.config, self.profile.kind, shapes,
+            evaluation=shape, profile=self.profile, trace_all=self.trace_all,
+        )  # fmt: skip
         cache.write(key, estimate_to_plain(made))
         return made
 
@@ -337,7 +342,10 @@ class Predictor:
             shapes = (BatchShape.uniform(1, SMALL_TOKENS),) if is_small else self._shapes(choice)
             recipe = choice.recipe(self.base, self.load.documents_per_step if choice.updates_in_backward else 1)
             evaluates = choice["checkpointing"] is KEPT and not is_small
-            self._footprints[key] = footprint(recipe, self.config, self.profile, shapes, evaluates=evaluates)
+            self._footprints[key] = footprint(
+                recipe, self.config, self.profile, shapes,
+                evaluates=evaluates, only_update=is_small and not choice.updates_in_backward, trace_all=self.trace_all,
+            )  # fmt: skip
             self.num_traced += 1
         return self._footprints[key]
 
@@ -366,8 +374,8 @@ def _moment(place: str) -> str:
 
 
 def _difference(new: Footprint, old: Footprint, name: str, tokens: float, gradients: float | None) -> Bytes:
-    """Return what a change adds to a place; to an evaluation that was not traced, the optimizer's state only."""
-    if _moment(name) == Moment.EVALUATION and not (name in new.places and name in old.places):
+    """Return what a change adds to a place; to a moment that was not traced, the optimizer's state only."""
+    if not all(any(_moment(other) == _moment(name) for other in seen.places) for seen in (new, old)):
         change = np.zeros(len(Kind))
         change[Kind.OPTIMIZER] = (_at(new, "update head", tokens) - _at(old, "update head", tokens))[Kind.OPTIMIZER]
         return change

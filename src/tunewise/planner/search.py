@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tunewise.engine.dry_run import TraceAll, one_by_one
 from tunewise.engine.tracking import Kind
 from tunewise.errors import Conflict
 from tunewise.machine.catalogue import CATALOGUE
@@ -71,7 +72,7 @@ def _choices(failed: list[Refused], confirmed: Prediction) -> list[object]:
     return [confirmed.choice, *(each.choice for each in failed)]
 
 
-def nothing_fits(case: Case, selection: Selection) -> NothingFits:
+def nothing_fits(case: Case, selection: Selection, trace_all: TraceAll = one_by_one) -> NothingFits:
     """Return the error that says what is missing, and the nearest recipe that fits."""
     limit = format_bytes(case.limits.peak_bytes)
     lines = [f"No combination of {selection.num_combinations} keeps to the limits on {case.machine.name} ({limit})."]
@@ -81,7 +82,7 @@ def nothing_fits(case: Case, selection: Selection) -> NothingFits:
         lines.append(f"The smallest, '{smallest.choice.label}', needs {need} with {smallest.micro_batch_size} rows.")
     fixed = 0 if smallest is None else sum(smallest.kinds[kind] for kind in _WHATEVER_THE_BATCH)
     for changed, give_up in _ways_out(case, can_be_shorter=fixed < case.limits.peak_bytes):
-        found = search(changed, changed.predictor())
+        found = search(changed, changed.predictor(trace_all))
         if found.best is not None:
             best = found.best
             lines.append(f"What fits, if you {give_up}: {best.choice.label} ({format_bytes(best.peak_bytes)}).")

@@ -189,7 +189,7 @@ def axes(config: PretrainedConfig, machine: Machine, base: Recipe, wishes: Wishe
     half = _half_precision(machine)
     pure = [PURE] if half == [BF16] else []
     row_tokens = max(base.data.max_length or 0, 2048)
-    kind = default_attention_kind(AutoModelForCausalLM._model_mapping[type(config)])
+    kind = default_attention_kind(AutoModelForCausalLM._model_mapping[type(config)], config)
     kinds: tuple[AttentionKind, ...] = (kind, "sdpa") if kind == "per_document" else (kind,)
     found: dict[Axis, list[Option]] = {
         "tuning": [FULL] if base.objective == "pretrain" else [FULL, LORA, LORA_NF4, LORA_INT8],

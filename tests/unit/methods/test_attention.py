@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM
 
 from tests.unit.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
 from tests.unit.built import loss_of, make_recipe, make_run
@@ -135,6 +136,25 @@ def test_default_kind() -> None:
     kinds = {architecture: default_attention_kind(type(tiny_model(architecture))) for architecture in ARCHITECTURES}
     assert {architecture for architecture, kind in kinds.items() if kind != "per_document"} == WITHOUT_INTERFACE
     assert kinds["falcon"] == "sdpa"
+
+
+def test_models_that_per_document_does_not_know_get_another_kind() -> None:
+    plain = AutoConfig.for_model("llama")
+    assert default_attention_kind(LlamaForCausalLM, plain) == "per_document"
+    hybrid = AutoConfig.for_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    assert default_attention_kind(LlamaForCausalLM, hybrid) == "sdpa"
+    assert default_attention_kind(GptOssForCausalLM, AutoConfig.for_model("gpt_oss")) == "eager"
+
+
+def test_a_state_that_is_carried_along_the_row_refuses_packing() -> None:
+    config = AutoConfig.for_model(
+        "lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"], hidden_size=32, intermediate_size=32,
+        num_attention_heads=2, num_key_value_heads=1, vocab_size=VOCAB_SIZE, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(Conflict, match=r"'model.layers.0.conv.conv'.* Leave packing out"):
+        make_run(model, Packing(row_tokens=28), Attention(kind="sdpa"), is_dry=True)
+    make_run(model, Attention(kind="sdpa"))
 
 
 def test_nothing_of_it_is_saved(tmp_path: object) -> None:

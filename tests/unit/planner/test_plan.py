@@ -120,7 +120,7 @@ def test_the_second_time_nothing_is_traced_again(tiny: str, card: Card, monkeypa
     def forbidden(*arguments: Any, **options: Any) -> None:
         raise AssertionError("traced again")
 
-    monkeypatch.setattr("tunewise.planner.footprint.trace", forbidden)
+    monkeypatch.setattr("tunewise.planner.footprint.TraceJob", forbidden)
     monkeypatch.setattr("tunewise.planner.predict.dry_run", forbidden)
     second = plan(tiny, machine=card(TIGHT), **ADAPTER)
     assert second.best == first.best
