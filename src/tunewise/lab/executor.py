@@ -83,7 +83,7 @@ class Executor:
 
         Raises:
             KeyboardInterrupt: the user stopped it; the trial is killed, its folder removed.
-            StorageError: not even the trial's folder can be made.
+            StorageError: the trial's folder cannot be made, or its outcome cannot be written there.
         """
         started = time.perf_counter()
         try:
@@ -190,7 +190,10 @@ def _read_outcome(folder: Path, code: int | None, timeout: float) -> Measurement
     if code < 0:
         return Failed(reason=f"the interpreter crashed: {signal.Signals(-code).name}", log=str(log))
     if code == WRITE_FAILED:
-        return Failed(reason=f"its outcome could not be written: {_last_line(log)}", log=str(log))
+        raise StorageError(
+            f"A trial has ended, but its outcome cannot be written to {folder}: {_last_line(log) or 'no room'}. "
+            "All earlier ones are kept; make room and start the same command again."
+        )
     return Failed(reason=_last_line(log) or f"ended with exit code {code}", log=str(log))
 
 

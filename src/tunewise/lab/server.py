@@ -78,14 +78,14 @@ def run_job(job: dict[str, Any]) -> None:
         _limit_memory(int(job["memory_bytes"]))
     try:
         try:
-            outcome = _outcome(job)
+            outcome = _outcome(job).model_dump_json()
         finally:  # what it wrote may have filled the disk, on which its outcome and its log shall still find room
             shutil.rmtree(Path(job["folder"]) / "work", ignore_errors=True)
     except BaseException:
         _leave(1)
     try:
-        write_whole(Path(job["folder"]) / "outcome.json", outcome.model_dump_json())
-    except BaseException:
+        write_whole(Path(job["folder"]) / "outcome.json", outcome)
+    except OSError:
         _leave(WRITE_FAILED)
     _leave(0)
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from tunewise.engine.assemble import Plan, settle
+from tunewise.engine.checkpoint import storage_errors
 from tunewise.engine.run_folder import versions, write_whole
 from tunewise.errors import InputError
 from tunewise.lab import corpora
@@ -101,7 +102,8 @@ def open_workplace(recipe: Recipe, folder: Path, machine: str, memory_bytes: int
         )
     data_folder = folder / "data"
     if not (data_folder / "data.json").exists() or corpora.load(data_folder).data_fingerprint != _fingerprint(plan):
-        corpora.store(plan.data, data_folder)
+        with storage_errors(f"cannot write to the tuning's folder {folder}"):
+            corpora.store(plan.data, data_folder)
     where = _machine(machine, folder)
     if where.kind != plan.device.type:
         raise InputError(
@@ -142,6 +144,7 @@ def _machine(name: str, folder: Path) -> Machine:
     found = find_machine(name)
     if not math.isfinite(found.usable_memory_bytes):
         raise InputError(f"--machine: {name} has no memory size.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(kept, found.to_yaml())
+    with storage_errors(f"cannot write to the tuning's folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, found.to_yaml())
     return found
