@@ -52,6 +52,7 @@ class Laboratory:
         retry_failed: whether trials that failed before are tried again.
         tell: who watches.
         spent: by study.
+        seen: keys of the trials that are counted in `spent`.
     """
 
     storage: Storage
@@ -62,6 +63,7 @@ class Laboratory:
     retry_failed: bool = False
     tell: Tell = lambda what, seconds: None
     spent: dict[str, Spent] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
 
     def run(
         self,
@@ -85,7 +87,9 @@ class Laboratory:
         account = self.spent.setdefault(study, Spent())
         known = self.storage.find(key)
         if known is not None and not (self.retry_failed and isinstance(known, Failed)):
-            self._count(account, known, expected_seconds, is_reused=True)
+            if key not in self.seen:  # asked for twice in one tuning it was paid for once
+                self._count(account, known, expected_seconds, is_reused=True)
+            self.seen.add(key)
             return known
         self.tell(role, self.spent_seconds)
         # A trial that ended while we were killed has its outcome in its folder and was not kept.
@@ -108,6 +112,7 @@ class Laboratory:
             values=_values(study, outcome),
             attributes={"role": role, "outcome kind": outcome.kind, "reason": getattr(outcome, "reason", "")},
         )
+        self.seen.add(key)
         self._count(account, outcome, expected_seconds, is_reused=ended is not None)
         self.tell(role, self.spent_seconds)
         return outcome

@@ -293,8 +293,9 @@ class Tuning:
             expected_seconds=seconds / pace,
             tie_band=self.batch.tie_band if self.batch else 0.01,
         )
-        if swap and study.runner_up is not None:
+        if swap and study.runner_up is not None and self.methods is not None:
             self.winner = study.runner_up
+            self.methods = self.methods.model_copy(update={"chosen": study.space.label(self.winner)})
             self._base = study.space.recipe(self.winner)
 
     def best_recipe(self) -> Recipe:

@@ -65,8 +65,8 @@ def test_the_same_trial_is_never_paid_for_twice(tmp_path: Path) -> None:
     assert isinstance(outcome, Measurement)
     assert outcome.loss == 1.5
     assert (asked(first), asked(again)) == (1, 0)
-    assert again.spent_seconds == 3.0
-    assert again.costs()[0].num_reused == 1
+    assert first.spent_seconds == again.spent_seconds == 3.0
+    assert (first.costs()[0].num_reused, again.costs()[0].num_reused) == (0, 1)
 
 
 def test_whatever_an_outcome_depends_on_makes_another_trial(tmp_path: Path) -> None:
