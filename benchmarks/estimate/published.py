@@ -2,16 +2,18 @@
 
     python benchmarks/estimate/published.py --csv FILE --json OUT [--configs FOLDER]
 
-A row is used when its setting can be written as a recipe for one GPU; every other row gets the reason why not. Three
-assumptions hold for all rows, whatever their source, and no number is fitted to a row or source:
+A row is used when its setting can be written as a recipe for one GPU and, where the table says how many parameters were
+trained, the recipe trains as many; every other row gets the reason why not. Three assumptions hold for all rows,
+whatever their source, and no number is fitted to a row or source:
 
 - The peak is that of a micro-batch whose rows are all as long as the row's `seq_len`.
 - Reserved memory is the allocated one times `FRAGMENTATION`.
-- Whoever wrote a LoRA layer out of torch's operations keeps what our layer's composed path (that of dropout) keeps.
+- Where a repository's code is not known, it is transformers' Trainer with peft's layers.
 
 What a table does not say, but the code of its repository does (whether the head is tied, how the loss treats logits),
-stands in `published_stacks.STACKS`. It holds no numbers. The entries were read in that code, some of them because this
-table's errors had shown where to look: on rows of another stack expect larger errors than on these.
+stands in `published_stacks.STACKS`, and what that code computes otherwise than ours, as methods, in `published_litgpt`
+and `published_peft`. They hold no numbers. They were read in that code, some because this table's errors had shown
+where to look: on rows of another stack expect larger errors than on these.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -27,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_settings import Row, Unusable, load_configs, setting_of
+from published_rows import Row, Unusable, metric_of, published_gb
+from published_settings import load_configs, setting_of
 from transformers.utils import logging as transformers_logging
 
 from tunewise.engine.dry_run import dry_run
@@ -37,34 +41,44 @@ from tunewise.planner.choose import SAFETY_MARGIN
 CONFIGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "configs"
 
 FRAGMENTATION = 1.10
-"""Reserved over allocated memory: holes of the caching allocator. One number for all rows, chosen beforehand."""
+"""Reserved over allocated memory: holes of the caching allocator. One number for all rows, chosen beforehand and left:
+the rows of PEFT's comparison would want 1.05, but too much costs less than running out of memory."""
 
 
-def predict(row: Row, configs: dict[str, Path], known: dict[str, tuple[int, int]]) -> None:
+def predict(row: Row, configs: dict[str, Path], known: dict[str, tuple[int, int, int]]) -> None:
     """Fill in the row's prediction.
 
     Raises:
         Unusable: why it has none.
         TunewiseError: the recipe is refused.
     """
-    try:
-        row.published_gb = float(row.text("peak_mem_gb"))
-    except ValueError:
-        raise Unusable("no peak is published") from None
-    if not 0.01 < row.published_gb < 1e5:
-        raise Unusable(f"a peak of {row.published_gb} GB")
-    metric = row.text("mem_metric").lower()
-    row.metric = next((word for word in ("reserved", "nvidia-smi", "allocated", "active") if word in metric), "")
-    if not row.metric:
-        raise Unusable(f"metric '{row.text('mem_metric')}' is neither allocated nor reserved memory")
+    row.published_gb = published_gb(row)
+    row.metric = metric_of(row)
     setting = setting_of(row, configs)
     if setting.key not in known:
         made = dry_run(setting.recipe, setting.config, "cuda", setting.shapes, profile=setting.profile)
-        known[setting.key] = made.peak_bytes, made.context_bytes
-    peak_bytes, context_bytes = known[setting.key]
+        known[setting.key] = made.peak_bytes, made.context_bytes, made.trainable_parameters
+    peak_bytes, context_bytes, num_trainable = known[setting.key]
+    check_trainable(row, num_trainable)
     if row.metric in ("reserved", "nvidia-smi"):
         peak_bytes = round(peak_bytes * FRAGMENTATION)
     row.predicted_gb = (peak_bytes + (context_bytes if row.metric == "nvidia-smi" else 0)) / 1e9
+
+
+def check_trainable(row: Row, num_trainable: int) -> None:
+    """Compare what would be trained with what was; an option that the table does not state shows here.
+
+    Raises:
+        Unusable: the numbers differ by more than rounding.
+    """
+    text = row.text("trainable_params_m")
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        return
+    step = 10.0 ** -len(text.partition(".")[2])  # the last digit's worth, in millions
+    if abs(num_trainable / 1e6 - float(text)) > max(step, 0.005 * float(text)):
+        raise Unusable(
+            f"{num_trainable / 1e6:.4g} million parameters would be trained, {text} were: an unstated option"
+        )
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
@@ -135,9 +149,9 @@ def main() -> int:
     if not any(arguments.configs.glob("*.json")):
         parser.error(f"--configs: there is no configuration in '{arguments.configs}'")
     transformers_logging.set_verbosity_error()
-    with arguments.csv.open(encoding="utf-8-sig", newline="") as stream:
+    with arguments.csv.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
         rows = [Row(cells) for cells in csv.DictReader(stream)]
-    configs, known = load_configs(arguments.configs), dict[str, tuple[int, int]]()
+    configs, known = load_configs(arguments.configs), dict[str, tuple[int, int, int]]()
     sources: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         sources[row.text("source") or "no source"].append(row)

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from published_stacks import DEFAULT_STACK, STACKS, EarlyBitsandbytes, Stack
+from published_litgpt import EarlyBitsandbytes, FusedLoRA, OwnAttention
+from published_peft import IN_BASE_DTYPE, LibraryAdapters, LossOfAllPositions, is_rewritten, kind_of, peft_method
+from published_rows import Row, Unusable
+from published_stacks import Stack, stack_of
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tunewise.engine.device_profile import CUDA, CUDA_HOPPER, DeviceProfile
 from tunewise.engine.dry_run import BatchShape
-from tunewise.layers.linear import linear_layers
+from tunewise.layers.linear import is_linear
 from tunewise.methods import (
     SGD,
     Adafactor,
@@ -25,16 +28,13 @@ from tunewise.methods import (
     Lion,
     LoRA,
     PagedAdamW8bit,
+    Peft,
     Precision,
     Quantize,
     complete,
 )
 from tunewise.methods.attention import default_attention_kind
-from tunewise.planner.choose import SAFETY_MARGIN
 from tunewise.recipe import BatchSpec, DataSpec, Method, ModelSpec, Recipe, TrainingSpec
-
-COMPOSED_DROPOUT = 1e-6
-"""A dropout so small that it only selects the composed path of our LoRA layer."""
 
 OPTIMIZERS: dict[str, Method] = {
     "adamw": AdamW(), "adamw_torch": AdamW(), "adamw_torch_fused": AdamW(), "adamw_hf": AdamW(),
@@ -62,46 +62,6 @@ ALIASES = {
     "llama-3-70b": "llama-3.1-70b", "mixtral-8x7b": "mixtral-8x7b-v0.1",
 }  # fmt: skip
 """Other names of the same shapes."""
-
-
-class Unusable(Exception):
-    """Why a row cannot be reproduced."""
-
-
-@dataclass
-class Row:
-    """A published row with its prediction, or why there is none."""
-
-    cells: dict[str, str]
-    predicted_gb: float | None = None
-    published_gb: float | None = None
-    metric: str = ""
-    reason: str | None = None
-
-    @property
-    def error(self) -> float:
-        """(predicted - published) / published."""
-        assert self.predicted_gb is not None
-        assert self.published_gb is not None
-        return (self.predicted_gb - self.published_gb) / self.published_gb
-
-    @property
-    def is_beyond_margin(self) -> bool:
-        """Whether a planner that trusts the prediction would run out of memory in spite of its safety margin."""
-        assert self.predicted_gb is not None
-        assert self.published_gb is not None
-        return self.predicted_gb / (1 - SAFETY_MARGIN) < self.published_gb
-
-    def text(self, column: str) -> str:
-        """Return a cell, stripped; empty where the table has no such column."""
-        return (self.cells.get(column) or "").strip()
-
-    def number(self, column: str) -> int:
-        """Return a cell that must hold a whole positive number."""
-        text = self.text(column)
-        if not re.fullmatch(r"[1-9]\d{0,8}(\.0+)?", text):
-            raise Unusable(f"{column} is not stated" if not text else f"{column} '{text}' is no whole number")
-        return int(float(text))
 
 
 @dataclass(frozen=True)
@@ -144,19 +104,26 @@ def setting_of(row: Row, configs: dict[str, Path]) -> Setting:
     path = configs.get(normal_name(row.text("model")))
     if path is None:
         raise Unusable(f"no configuration of the model '{row.text('model')}'")
-    stack = STACKS.get(row.text("repo"), DEFAULT_STACK)
+    stack = stack_of(row.text("repo"))
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if stack.is_tied is not None:
         config.tie_word_embeddings = stack.is_tied
     if stack.has_fused_gelu and getattr(config, "hidden_act", None) == "gelu_new":
         config.hidden_act = "gelu_pytorch_tanh"
-    kind = METHODS.get(row.text("method").lower())
+    kind = METHODS.get(row.text("method").lower()) or ("peft" if kind_of(row.text("method")) else None)
     if kind is None:
         raise Unusable(f"the method '{row.text('method')}' is no recipe")
+    if is_rewritten(kind_of(row.text("method")), row.text("conditions")):
+        raise Unusable(f"peft has rewritten '{row.text('method')}' since")
     micro_batch, length = row.number("micro_batch"), row.number("seq_len")
     accumulation = row.number("grad_accum") if row.text("grad_accum") else 1
-    methods = [_precision(row, kind, stack), _attention(row, config), stack.loss(), _optimizer(row)]
-    methods += [*_adapter(row, kind, config), *_quantization(row, kind, stack), *_checkpointing(row)]
+    adapter = _adapter(row, kind, config, stack)
+    has_virtual_tokens = any(isinstance(method, Peft) and method.is_prompt_learning for method in adapter)
+    loss = LossOfAllPositions() if has_virtual_tokens else stack.loss()
+    methods = [_precision(row, kind, stack), _attention(row, config), loss, _optimizer(row)]
+    methods += [*adapter, *_quantization(row, kind, stack), *_checkpointing(row)]
+    if stack.is_litgpt:
+        methods.append(OwnAttention())
     recipe = Recipe(
         model=ModelSpec(name="published", weights="random"),
         data=DataSpec(source="published", max_length=length),
@@ -165,7 +132,7 @@ def setting_of(row: Row, configs: dict[str, Path]) -> Setting:
         training=TrainingSpec(max_grad_norm=stack.max_grad_norm),
     )
     is_hopper = re.search(r"\b(H100|H200|H20|H800|GH200)\b", row.text("gpu")) is not None
-    keeps_previous = stack.has_early_bitsandbytes and any(isinstance(method, Quantize) for method in methods)
+    keeps_previous = stack.is_litgpt and any(isinstance(method, Quantize) for method in methods)
     shapes = (BatchShape.uniform(micro_batch, length),) * (2 if keeps_previous else min(accumulation, 2))
     completed = complete(recipe, config, torch.device("cuda"))
     return Setting(config, completed, CUDA_HOPPER if is_hopper else CUDA, shapes)
@@ -175,7 +142,7 @@ def _check_conditions(row: Row) -> None:
     status, everything = row.text("status"), f"{row.text('conditions')} {row.text('seq_note')}".lower()
     if status != "measured":
         raise Unusable(f"status '{status}', not measured")
-    if row.text("n_gpus") != "1" or row.text("parallelism"):
+    if not re.fullmatch(r"1(\.0+)?", row.text("n_gpus")) or row.text("parallelism"):
         raise Unusable(f"not one GPU alone (n_gpus '{row.text('n_gpus')}', parallelism '{row.text('parallelism')}')")
     if re.search(r"\bcompile\b(?!:? (false|no|off))", everything):
         raise Unusable("torch.compile, which no recipe has")
@@ -204,7 +171,8 @@ def _precision(row: Row, kind: str, stack: Stack) -> Method:
         raise Unusable(f"precision '{text}' keeps an fp32 copy of the frozen base, which no recipe does")
     if kind == "full":
         return Precision(compute=compute, trainable="fp32" if is_mixed or compute != "bf16" else "same")
-    trainable = "same" if kind == "norms" else stack.adapter
+    keeps_dtype = kind == "norms" or kind_of(row.text("method")) in IN_BASE_DTYPE
+    trainable = "same" if keeps_dtype else stack.adapter
     return Precision(compute=compute, trainable="fp32" if compute == "fp16" else trainable)
 
 
@@ -228,27 +196,43 @@ def _optimizer(row: Row) -> Method:
     return OPTIMIZERS[text]
 
 
-def _adapter(row: Row, kind: str, config: PretrainedConfig) -> list[Method]:
+def _adapter(row: Row, kind: str, config: PretrainedConfig, stack: Stack) -> list[Method]:
     if kind == "full":
         return []
     if kind == "norms":
         return [Freeze(train=("*norm.weight",))]
-    rank = row.number("adapter_rank")
-    with torch.device("meta"):
-        shallow = AutoConfig.for_model(**{**config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
-        names = [name.split(".")[-1] for name in linear_layers(AutoModelForCausalLM.from_config(shallow))]
-    words = [word for word in re.split(r"[+,\s]+", row.text("adapter_targets").lower()) if word]
+    words = [word for word in re.split(r"[+,\s]+", row.text("adapter_targets")) if word]
+    if kind == "peft":
+        size = row.number("adapter_rank") if row.text("adapter_rank") else None
+        names = [name for word in words for name in _layers_called(word, config) or [word]]
+        made = peft_method(kind_of(row.text("method")) or "", size, names, row.text("path"), config)
+        return [made, LibraryAdapters(autocasts=stack.autocasts)]
+    rank, words = row.number("adapter_rank"), [word.lower() for word in words]
     if not words:
         raise Unusable("adapter_targets are not stated")
+    layers: Method = LibraryAdapters(autocasts=stack.autocasts)
+    if stack.is_litgpt:
+        layers = FusedLoRA(num_parts=len({"q", "k", "v"} & set(words)))
     if row.text("adapter_targets").lower() in ("all-linear", "all linear", "all_linear", "all"):
-        return [LoRA(rank=rank, dropout=COMPOSED_DROPOUT)]
+        return [LoRA(rank=rank, dropout=stack.lora_dropout), layers]
     targets: list[str] = []
     for word in words:
-        meant = [name for name in TARGETS.get(word, (word,)) if name in names or (word == "head" and name == "lm_head")]
+        meant = _layers_called(word, config)
         if not meant:
             raise Unusable(f"adapter_targets '{word}': no such layer in a {config.model_type}")
-        targets += meant if word == "mlp" else meant[:1]
-    return [LoRA(rank=rank, dropout=COMPOSED_DROPOUT, target_modules=tuple(dict.fromkeys(targets)))]
+        targets += meant
+    return [LoRA(rank=rank, dropout=stack.lora_dropout, target_modules=tuple(dict.fromkeys(targets))), layers]
+
+
+def _layers_called(word: str, config: PretrainedConfig) -> list[str]:
+    """Return the linear layers of this architecture that a table's word for targets means; [] where there is none."""
+    with torch.device("meta"):
+        shallow = AutoConfig.for_model(**{**config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
+        modules = AutoModelForCausalLM.from_config(shallow).named_modules()
+    known = {name.split(".")[-1] for name, module in modules if is_linear(module)}
+    word = word.lower()
+    meant = [name for name in TARGETS.get(word, (word,)) if name in known]
+    return meant if word == "mlp" else meant[:1]
 
 
 def _quantization(row: Row, kind: str, stack: Stack) -> list[Method]:
@@ -264,7 +248,7 @@ def _quantization(row: Row, kind: str, stack: Stack) -> list[Method]:
     skipped = () if stack.quantizes_head else ("lm_head",)
     kind_of_bits: Literal["nf4", "fp4"] = "fp4" if found is not None and found.group() == "fp4" else "nf4"
     quantize = Quantize(kind=kind_of_bits, double_quant=is_double, skip_modules=skipped)
-    return [quantize, EarlyBitsandbytes()] if stack.has_early_bitsandbytes else [quantize]
+    return [quantize, EarlyBitsandbytes()] if stack.is_litgpt else [quantize]
 
 
 def _checkpointing(row: Row) -> list[Method]:

@@ -99,10 +99,53 @@ def test_a_row_that_cannot_be_reproduced_is_left_out_with_its_reason(
     assert result["summary"]["median_error"] is None
 
 
+def test_odd_rows_get_a_reason_and_never_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {**SOUND, "model": "our-llama"}
+    changes: list[tuple[dict[str, str], str | None]] = [
+        (dict.fromkeys(row, ""), "no peak"),
+        ({"peak_mem_gb": "", "peak_mem_value": "0.5", "peak_mem_unit": "furlongs"}, "furlongs"),
+        ({"peak_mem_gb": "12,5"}, "'12,5'"), ({"peak_mem_gb": "1e400"}, "inf"), ({"peak_mem_gb": "-3"}, "-3"),
+        ({"micro_batch": "4-8"}, "'4-8'"), ({"seq_len": "2k"}, "'2k'"), ({"seq_len": "999999999999"}, "whole number"),
+        ({"n_gpus": "½"}, "'½'"), ({"gpu": "Äther\x00"}, None), ({"model": "../../etc/passwd"}, "passwd"),
+        ({"method": "IA3", "adapter_targets": "q_proj+nowhere"}, None),
+        ({"method": "IA3", "adapter_targets": "nowhere"}, "does not fit"),
+        ({"method": "FROD", "adapter_rank": ""}, "no dry run"), ({"method": "adalora"}, "redistributes ranks"),
+        ({"method": "vera", "trainable_params_m": "123.4"}, "an unstated option"),
+        ({"method": "vera", "trainable_params_m": "some"}, None),
+        ({"method": "prompt-tuning", "adapter_rank": "20", "adapter_targets": ""}, None),
+        ({"method": "full", "quantization": "nf4"}, "nf4"), ({"adapter_rank": "100000"}, None),
+        ({"mem_metric": "max_memory_reserved", "seq_note": "padded to the longest of the batch"}, "varying lengths"),
+        ({"repo": "pytorch/torchtune", "mem_metric": "peak per GPU"}, None), ({"mem_metric": "peak per GPU"}, "metric"),
+        ({"peak_mem_gb": "", "peak_mem_value": "512", "peak_mem_unit": "MiB"}, None), ({"n_gpus": "1.0"}, None),
+    ]  # fmt: skip
+    result = run(tmp_path, monkeypatch, [{**row, **change} for change, _ in changes])
+    for found, (change, words) in zip(result["rows"], changes, strict=True):
+        if words is None:
+            assert found.get("predicted_gb", 0) > 0, (change, found)
+        else:
+            assert words in found["reason"], change
+            assert "broken" not in found["reason"], change
+    assert result["summary"]["rows_used"] == sum(words is None for _, words in changes)
+    assert result["rows"][-2]["published_gb"] == pytest.approx(512 * 2**20 / 1e9)
+
+
+def test_a_table_of_other_columns_and_ragged_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "Our-Llama.json").write_text(json.dumps(SHAPE))
+    table, out = tmp_path / "table.csv", tmp_path / "out.json"
+    table.write_bytes(b"\xef\xbb\xbfname,peak_mem_gb\nx\n\ny,1,2,3\n\xff\xfe,2\n")
+    arguments = ["published.py", "--csv", str(table), "--json", str(out), "--configs", str(tmp_path / "configs")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert benchmark.main() == 0
+    result = json.loads(out.read_text())
+    assert result["summary"]["rows_left_out"] == 3
+    assert [row["reason"].split()[0] for row in result["rows"]] == ["no", "metric", "metric"]
+
+
 @pytest.mark.skipif(not TABLE.is_file(), reason="the published table ../shared/data is not here")
 def test_a_published_lora_row_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {cells["id"]: benchmark.Row(cells) for cells in csv.DictReader(TABLE.open(encoding="utf-8"))}
     configs = benchmark.load_configs(benchmark.CONFIGS)
-    for number in ("28", "265"):  # litgpt's Llama-3.2-1B, PEFT's Llama-3.2-3B
+    for number in ("28", "265", "294"):  # litgpt's Llama-3.2-1B with LoRA, PEFT's Llama-3.2-3B with LoRA and with VeRA
         benchmark.predict(rows[number], configs, {})
         assert abs(rows[number].error) < 0.05
