@@ -242,6 +242,7 @@ class _DryStep:
         run, num_supervised = self.run, sum(shape.num_supervised for shape in batches)
         if not batches:
             self.tracker.adopt(self._make_gradients(), Kind.GRADIENTS)
+            torch.amp.GradScaler.scale(self.scaler, torch.zeros(()))  # an update unscales, so something was scaled
         gradients(run, self._micro_batches(batches), max(num_supervised, 1), self.scaler)
         self.tracker.enter(Place(Moment.UPDATE))
         if not run.update_in_backward:
