@@ -1,13 +1,14 @@
 """How much `tunewise tune` loses against trying everything, and what it costs beside it.
 
-    python benchmarks/regret/run.py --workload embedded|stories --json OUT [--folder DIR] [--seconds N]
+    python benchmarks/regret/run.py --workload embedded|stories --json OUT [--small] [--folder DIR] [--seconds N]
 
-The grid is exhaustive: every batch x learning rate x combination of methods is trained to the end of the same number of
-tokens, each in a process of its own. Its best recipe is the one that ends within 0.01 nats of the lowest loss in the
-least time; that is what "time to the target loss" means where every run decays to zero. Then a tuning of the same recipe
-looks for it without seeing the grid. Both answers are trained again in turns, and their times compared by medians.
+The grid is exhaustive: every batch x learning rate x combination of methods is trained to the end of the same number
+of tokens, each in a process of its own. Its best recipe is the one that ends within 0.01 nats of the lowest loss in
+the least time; that is what "time to the target loss" means where every run decays to zero. Then a tuning of the same
+recipe looks for it without seeing the grid. Both answers are trained again in turns, and their times compared by
+medians.
 
-The grid is kept in --folder and continued there; --seconds ends this call after so long (exit code 3: not yet finished).
+The grid is kept in --folder and continued there; --seconds ends this call after so long (exit code 3: not finished).
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ BAND = 0.01
 
 SEARCH_SHARE = 0.15
 """Of the grid's compute, what the tuning may spend."""
+
+SHORTEST_SEARCH = 60.0
+"""Seconds; with less than this there is no search. On a small grid it is a larger share, and the summary says so."""
 
 REPEATS = 3
 
@@ -92,6 +96,12 @@ WORKLOADS = {
         methods=("bf16", "packing", "attention"),
     ),
 }
+
+
+def smaller(workload: Workload) -> Workload:
+    """Return a workload whose grid takes minutes: fewer records, and two methods instead of three."""
+    data = {**workload.recipe["data"], "max_records": 120}
+    return Workload({**workload.recipe, "data": data}, workload.batches[1:], workload.rates, workload.methods[:2])
 
 
 @dataclass(frozen=True)
@@ -236,15 +246,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", required=True, choices=sorted(WORKLOADS))
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--small", action="store_true", help="a grid of 48 runs over 120 records")
     parser.add_argument("--folder", type=Path, default=None, help="default: runs/regret-WORKLOAD")
     parser.add_argument("--seconds", type=float, default=1e9, help="end this call after so long")
     arguments = parser.parse_args()
     folder = arguments.folder or Path("runs") / f"regret-{arguments.workload}"
-    bench = Bench(WORKLOADS[arguments.workload], folder)
+    workload = WORKLOADS[arguments.workload]
+    bench = Bench(smaller(workload) if arguments.small else workload, folder)
     try:
         cells = run_grid(bench, time.monotonic() + arguments.seconds)
         grid_seconds = sum(cell.outcome.trial_seconds for cell in cells)
-        tuning = run_tuning(bench, folder, SEARCH_SHARE * grid_seconds)
+        tuning = run_tuning(bench, folder, max(SHORTEST_SEARCH, SEARCH_SHARE * grid_seconds))
         compared = compare(bench, cells, tuning.best_recipe())
     finally:
         bench.tuning.close()

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from tunewise.export.result import Result
     from tunewise.planner.plan import Plan, plan
     from tunewise.recipe import Recipe
+    from tunewise.tuning import tune
 
 _HOMES = {
     "train": "tunewise.api",
+    "tune": "tunewise.tuning",
     "resume": "tunewise.api",
     "export_merged": "tunewise.api",
     "Result": "tunewise.export.result",
@@ -45,6 +47,7 @@ __all__ = [
     "plan",
     "resume",
     "train",
+    "tune",
 ]
 
 

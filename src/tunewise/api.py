@@ -46,7 +46,7 @@ def train(
         DoesNotFit, TrainingDiverged, StorageError: while training; what was saved stays.
         VerificationError: the saved result differs from the trained one.
     """
-    recipe = _as_recipe(recipe)
+    recipe = as_recipe(recipe)
     plan = settle(recipe)
     wanted = out or recipe.out
     folder = _new_folder(Path(wanted) if wanted else None, recipe)
@@ -155,7 +155,8 @@ def _result_tensors(home: RunFolder, keep_best: bool) -> dict[str, Any]:
     return load_checkpoint(kept[best])[0] if keep_best and best in kept else tensors
 
 
-def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """Return the recipe that a value, plain data or a YAML file's path stands for."""
     if isinstance(recipe, Recipe):
         return recipe
     return recipe_from_mapping(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)

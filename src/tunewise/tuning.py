@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewise.api import resume, train
+from tunewise.api import as_recipe, resume, train
 from tunewise.engine.checkpoint import storage_errors
 from tunewise.engine.run_folder import read_metrics, versions, write_whole
 from tunewise.export.result import Result
@@ -76,8 +76,8 @@ class Tuned:
 
 
 def tune(
-    recipe: Recipe,
-    folder: Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    folder: str | Path | None = None,
     options: Options | None = None,
     *,
     part: Part = "all",
@@ -88,8 +88,8 @@ def tune(
     The same call continues what an earlier one began: finished trials are not run again.
 
     Args:
-        recipe: where the search starts.
-        folder: of the tuning.
+        recipe: where the search starts: a Recipe, plain data in its form, or the path of a YAML file.
+        folder: of the tuning; None: a new one under runs/.
         options: budget, memory, wishes.
         part: the whole procedure, or one study.
         watch: who is told what happens.
@@ -101,6 +101,8 @@ def tune(
         KeyboardInterrupt: the user stopped it; finished trials are kept, and what is known is written.
     """
     watch = watch or Watch()
+    recipe = as_recipe(recipe)
+    folder = Path(folder) if folder is not None else new_folder(Path(recipe.data.source).name.split(".")[0])
     tuning = Tuning(recipe, options or Options(), folder, watch.trial, trains_at_the_end=part == "all")
     try:
         tuning.open()

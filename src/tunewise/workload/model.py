@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from tunewise.errors import InputError
 from tunewise.recipe import ModelSpec
+from tunewise.workload.places import user_path
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "embedded"
 """The small base model that the package brings along; `model: embedded`."""
@@ -47,7 +48,7 @@ def locate(name: str) -> str:
     """
     if name == "embedded":
         return str(EMBEDDED_FOLDER)
-    path = Path(name).expanduser()
+    path = user_path(name)
     try:
         path.stat()
     except PermissionError:
@@ -274,7 +275,7 @@ def _read_template(template: str) -> str:
     if "{%" in template or "{{" in template:
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
+        return user_path(template).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"model.chat_template: cannot read the template file '{template}': {error}") from None
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunewise.errors import InputError, MissingBackend
+from tunewise.workload.places import user_path
 from tunewise.workload.record import Record
 from tunewise.workload.record_files import KNOWN_SUFFIXES, TEXT_SUFFIXES, kind_of, read_file
 from tunewise.workload.stdlib_source import stdlib_records
@@ -37,7 +38,7 @@ def read_records(source: str, max_records: int | None = None) -> Iterator[Record
 def _all_records(source: str) -> Iterator[Record]:
     if source == STDLIB:
         return stdlib_records("train")
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return _folder(path)
     if path.exists():

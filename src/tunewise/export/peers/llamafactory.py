@@ -7,7 +7,6 @@ Read from LLaMA-Factory 0.9.5: `hparams/*`, `data/{parser,loader,converter}.py`,
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from tunewise.export.peers import source as sources
@@ -20,6 +19,7 @@ from tunewise.export.peers.source import Source
 from tunewise.methods import Attention, Checkpointing, LoRA, Packing, Precision, Quantize
 from tunewise.methods.quantization import HEAD
 from tunewise.recipe import Recipe
+from tunewise.workload.places import user_path
 
 VERSION = "0.9.5"
 DATASET_INFO = "dataset_info.json"
@@ -79,7 +79,7 @@ def dataset_info(source: Source) -> str:
 
 def _entry(source: Source, path: str) -> dict[str, Any]:
     """Say where a data set lies and what its columns are."""
-    where = {"hf_hub_url": path} if source.is_hub else {"file_name": str(Path(path).expanduser().resolve())}
+    where = {"hf_hub_url": path} if source.is_hub else {"file_name": str(user_path(path).resolve())}
     columns = sources.known_columns(source)
     match source.format:
         case "text":

@@ -14,6 +14,7 @@ from tunewise.recipe import Recipe
 from tunewise.workload.detection import find_mapping
 from tunewise.workload.formats import OPTIONAL, REQUIRED
 from tunewise.workload.model import EMBEDDED_FOLDER
+from tunewise.workload.places import user_path
 from tunewise.workload.record_files import KNOWN_SUFFIXES, kind_of
 from tunewise.workload.records import STDLIB, read_records
 
@@ -77,7 +78,7 @@ def source_of(ledger: Ledger, recipe: Recipe, path_name: str, format_name: str) 
     ledger.take("data.source", path_name)
     ledger.take("data.format", format_name)
     ledger.take("data.fields", format_name)
-    path = Path(data.source).expanduser()
+    path = user_path(data.source)
     loader = _loader(path)
     if loader is None and not _HUB_ID.fullmatch(data.source):
         raise InputError(
@@ -117,7 +118,7 @@ def _note_kinds(ledger: Ledger, loader: Loader | None, path: Path) -> None:
 
 def data_files(path: str) -> str:
     """Return what `load_dataset` wants as `data_files`: the file itself, or everything in the folder."""
-    return str(Path(path) / "**") if Path(path).expanduser().is_dir() else path
+    return str(Path(path) / "**") if user_path(path).is_dir() else path
 
 
 def known_columns(source: Source) -> dict[str, str]:
@@ -143,7 +144,7 @@ def model_path(ledger: Ledger, recipe: Recipe, name: str) -> str:
     if given == "embedded":
         ledger.note("model.name: 'embedded' is the folder that tunewise brings along")
         return str(EMBEDDED_FOLDER)
-    path = Path(given).expanduser()
+    path = user_path(given)
     if path.suffix != ".json":
         return given
     if path.name == "config.json":

@@ -23,6 +23,7 @@ from tunewise.export.peers.torchtune_models import Builder, builder_for
 from tunewise.methods import Checkpointing, LoRA, Packing, Precision, Quantize, SupervisedLoss
 from tunewise.methods.quantization import HEAD
 from tunewise.recipe import Recipe, Slot
+from tunewise.workload.places import user_path
 
 VERSION = "0.6.1"
 _ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"}
@@ -87,7 +88,7 @@ def _folder(ledger: Ledger, recipe: Recipe) -> tuple[str, str]:
     """Return the model's folder, and the command that downloads it when it is not there yet."""
     place = sources.model_path(ledger, recipe, "checkpointer: checkpoint_dir")
     ledger.need("model.revision", None, otherwise="torchtune reads a folder; download that revision into it")
-    if Path(place).expanduser().is_dir():
+    if user_path(place).is_dir():
         return place, ""
     folder = f"models/{Path(place).name}"
     if "/" not in place:
@@ -159,7 +160,7 @@ def _tokenizer(ledger: Ledger, recipe: Recipe, builder: Builder, folder: str, le
 
 
 def _checkpointer(ledger: Ledger, builder: Builder, folder: str) -> dict[str, Any]:
-    files = sorted(file.name for file in Path(folder).expanduser().glob("*.safetensors"))
+    files = sorted(file.name for file in user_path(folder).glob("*.safetensors"))
     if not files:
         ledger.note(f"checkpointer: checkpoint_files: list the weight files of {folder} once they are there")
     return {
