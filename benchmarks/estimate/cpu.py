@@ -28,10 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from cpu_cases import CPU, VOCAB_SIZE, Case, cases
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig
 
+from tunewise.engine.allocator import allocated_bytes, batch_bytes, lasting_bytes
 from tunewise.engine.build import build
 from tunewise.engine.dry_run import BatchShape, dry_run
 from tunewise.engine.estimate import Estimate
@@ -47,7 +46,6 @@ from tunewise.engine.step import (
 )
 from tunewise.engine.tracking import Moment
 from tunewise.errors import TunewiseError
-from tunewise.methods.method import Run
 from tunewise.methods.precision import Precision
 from tunewise.planner.cache import source_digest
 from tunewise.recipe import Recipe
@@ -144,35 +142,9 @@ def measure(case: Case, recipe: Recipe, config: PretrainedConfig) -> tuple[list[
         "step": (step, len(batches)), "evaluation": (evaluate, 1), "save": (save, 0)
     }  # fmt: skip
     for name, (work, num_batches) in works.items():
-        inputs = max((tensor_bytes(batch) for batch in batches[:num_batches]), default=0)
-        measured[name] = resident(run, optimizer) + inputs + allocated(work)
+        inputs = max((batch_bytes(batch) for batch in batches[:num_batches]), default=0)
+        measured[name] = lasting_bytes(run, optimizer) + inputs + allocated_bytes(work)
     return batches, measured
-
-
-def resident(run: Run, optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of weights, buffers and optimizer state."""
-    tensors = [*run.model.parameters(), *run.model.buffers()]
-    for entries in optimizer.state.values():
-        tensors += [value for value in entries.values() if isinstance(value, Tensor)]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def tensor_bytes(batch: MicroBatch) -> int:
-    """Return the bytes of a micro-batch, which numpy has allocated."""
-    return sum(part.untyped_storage().nbytes() for part in (batch.input_ids_RL, batch.position_ids_RL, batch.labels_RL))
-
-
-def allocated(work: Callable[[], None]) -> int:
-    """Return the most that the CPU allocator gave out above its level at the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    level = highest = 0
-    for event in events:
-        level += event.nbytes()
-        highest = max(highest, level)
-    return highest
 
 
 def run_case(case: Case) -> Row:
