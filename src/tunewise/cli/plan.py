@@ -27,6 +27,9 @@ def run(
     wanted: Annotated[list[str] | None, typer.Option("--with", help="A method that must be in the recipe.")] = None,
     unwanted: Annotated[list[str] | None, typer.Option("--without", help="A method that must not be.")] = None,
     quality: Annotated[str, typer.Option(help="exact, rounding or learning: how far from a plain run.")] = "learning",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time the recommended step here, on a few blocks.")
+    ] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="As for train: --set batch.documents=32")] = None,
     explain: Annotated[str | None, typer.Option(metavar="METHOD", help="Show what one method changes here.")] = None,
     export: Annotated[
@@ -46,7 +49,7 @@ def run(
         raise InputError(f"--out: '{out}' exists already; name a new file.")
     question = Question(
         model, data, length, machine, memory, time, cost, price, tuple(wanted or ()), tuple(unwanted or ()), quality,
-        documents, tuple(settings or ()),
+        documents, tuple(settings or ()), measure,
     )  # fmt: skip
     if export is not None:
         _refuse_early(export, explain, model, out)

@@ -38,13 +38,13 @@ _FEWEST_BLOCKS = 2
 """With a single block the first is also the last, which real models never see."""
 
 
-def shallow_depths(config: PretrainedConfig, recipe: Recipe) -> tuple[Kept, Kept] | None:
-    """Return which blocks two shallow models keep, the second one a period more; None: trace the whole model."""
+def shallow_depths(config: PretrainedConfig, recipe: Recipe, apart: int = 1) -> tuple[Kept, Kept] | None:
+    """Return which blocks two shallow models keep, the second one `apart` periods more; None: take the whole model."""
     signatures = block_signatures(config, recipe)
     start, end, period = _longest_periodic_run(signatures)
     rest = (end - start) % period
     small = _shorter(period) + rest
-    large = small + period
+    large = small + apart * period
     if large >= end - start:
         return None
     kinds = block_kinds(config)

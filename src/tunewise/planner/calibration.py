@@ -122,7 +122,7 @@ def learn_from_run(recipe_id: str, metrics: Path) -> float | None:
     if known is None or not metrics.is_file():
         return None
     foretold = Foretold(**known)
-    if not _is_here(foretold.machine):
+    if not is_here(foretold.machine):
         return None
     steps = [each for each in read_metrics(metrics) if each["event"] == "step" and each["tokens"]][WARMING_STEPS:]
     if len(steps) < FEWEST_STEPS:
@@ -132,7 +132,7 @@ def learn_from_run(recipe_id: str, metrics: Path) -> float | None:
     return measured / foretold.seconds_per_token
 
 
-def _is_here(machine: str) -> bool:
+def is_here(machine: str) -> bool:
     """Say whether this process runs on `machine`: a measured processor, or the GPU of that name."""
     if not torch.cuda.is_available():
         return all(known.name != machine for known in CATALOGUE)

@@ -55,6 +55,7 @@ class Question:
     quality: str = "learning"
     num_documents: int | None = None
     settings: tuple[str, ...] = ()
+    measures: bool = False
 
 
 @dataclass(frozen=True)

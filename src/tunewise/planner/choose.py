@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tunewise.engine.estimate import Estimate
 from tunewise.engine.tracking import Kind
 from tunewise.errors import Conflict, DoesNotFit
 from tunewise.planner.predict import Prediction, Predictor
@@ -96,6 +97,7 @@ class Selection:
         rejected: every other combination with its reason.
         smallest: the combination that needs least, whether it fits or not; None when nothing was predicted.
         num_combinations: how many were judged.
+        dry_run: of the recommendation's own recipe; None before it was confirmed.
     """
 
     best: Prediction | None
@@ -104,6 +106,7 @@ class Selection:
     rejected: tuple[Refused, ...]
     smallest: Prediction | None
     num_combinations: int
+    dry_run: Estimate | None = None
 
 
 def quality(choice: Choice) -> tuple[int, int]:

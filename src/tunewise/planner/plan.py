@@ -9,16 +9,20 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from tunewise.engine.tracking import Kind
+from tunewise.engine.estimate import Estimate
+from tunewise.engine.tracking import Kind, Moment
 from tunewise.machine.machine import Machine
 from tunewise.machine.shapes import LayerShapes, advice
 from tunewise.methods import Precision
 from tunewise.planner.calibration import Foretold, note_prediction
 from tunewise.planner.case import HERE, Case, Question, settle
+from tunewise.planner.choose import Selection
 from tunewise.planner.explain import Explanation, explain
 from tunewise.planner.predict import Interval, Prediction, kind_of
 from tunewise.planner.processes import Processes
 from tunewise.planner.reasons import reasons
+from tunewise.planner.rehearsal import rehearsed
+from tunewise.planner.roofline import limits_of
 from tunewise.planner.search import nothing_fits, search
 from tunewise.planner.space import Refused
 from tunewise.recipe import Fidelity, Recipe
@@ -66,6 +70,10 @@ class Plan:
 
     Attributes:
         best: the recommendation.
+        moments: its fullest instant in each part of the run: device bytes by kind, and "host" for copies in the host's
+            memory (saving from a GPU).
+        speed_limits: the share of its step that waits for each: "matrix products", "attention", "memory traffic",
+            "launching".
         front: plans that no other beats in memory, time and quality at once, the best first.
         rejected: every other combination with its reason.
         reasons: why the recommendation is the best, in words.
@@ -78,6 +86,8 @@ class Plan:
     """
 
     best: Row
+    moments: dict[str, dict[str, int]]
+    speed_limits: dict[str, float]
     front: tuple[Row, ...]
     rejected: tuple[Refused, ...]
     reasons: tuple[str, ...]
@@ -112,6 +122,7 @@ def plan(
     quality: Literal["exact", "rounding", "learning"] = "learning",
     num_documents: int | None = None,
     settings: Sequence[str] = (),
+    measure: bool = False,
 ) -> Plan:
     """Return the best recipe for this model, data and machine, without weights and without the machine.
 
@@ -127,6 +138,7 @@ def plan(
         quality: how far the recipe may go from the plain run.
         num_documents: how many documents of `length` there are, so that time and cost of a run are known.
         settings: changes of the recipe, "batch.documents=32".
+        measure: also time the recommended step on this machine, on shallow copies of the model with random weights.
 
     Raises:
         InputError: an argument, the model or the data are wrong.
@@ -135,7 +147,7 @@ def plan(
     return answer(
         Question(
             model, data, length, machine, memory, time, cost, price, tuple(wanted), tuple(unwanted), quality,
-            num_documents, tuple(settings),
+            num_documents, tuple(settings), measure,
         )
     )  # fmt: skip
 
@@ -147,6 +159,8 @@ def answer(question: Question) -> Plan:
         case = settle(question)
         predictor = case.predictor(processes.trace_all)
         selection = search(case, predictor)
+        if question.measures:
+            selection = rehearsed(case, predictor, selection)
         if selection.best is None:
             raise nothing_fits(case, selection, processes.trace_all)
     rows = [row_of(each, case) for each in selection.front]
@@ -161,6 +175,8 @@ def answer(question: Question) -> Plan:
     )
     return Plan(
         best=best,
+        moments=moments_of(selection.dry_run),
+        speed_limits=_speed_limits(selection, case.machine),
         front=tuple(rows),
         rejected=selection.rejected,
         reasons=tuple(reasons(selection, case.limits)),
@@ -214,6 +230,24 @@ def row_of(prediction: Prediction, case: Case) -> Row:
         num_approximations=choice.num_approximations,
         is_confirmed=prediction.is_confirmed,
     )
+
+
+def moments_of(estimate: Estimate | None) -> dict[str, dict[str, int]]:
+    """Return the peak of each part of the run, in the order of the run: bytes by kind, and those on the host."""
+    if estimate is None:
+        return {}
+    peaks = {moment: estimate.moments[moment] for moment in Moment if moment in estimate.moments}
+    return {
+        str(moment): {kind.name.lower(): size for kind, size in peak.kinds.items()} | {"host": peak.host_bytes}
+        for moment, peak in peaks.items()
+    }
+
+
+def _speed_limits(selection: Selection, machine: Machine) -> dict[str, float]:
+    if selection.dry_run is None or selection.best is None:
+        return {}
+    precision = next(method for method in selection.best.choice.methods if isinstance(method, Precision))
+    return limits_of(selection.dry_run.work, machine, tf32=precision.compute == "tf32")
 
 
 def shape_advice(case: Case, best: Prediction) -> list[str]:

@@ -76,6 +76,28 @@ def seconds_of(work: Mapping[WorkKey, Work], machine: Machine, *, tf32: bool = F
     return Seconds(linear, attention, update, calls, update_calls)
 
 
+def limits_of(work: Mapping[WorkKey, Work], machine: Machine, *, tf32: bool = False) -> dict[str, float]:
+    """Return the share of a micro-batch's and an update's operators that wait for arithmetic, attention or memory.
+
+    A launch that hides behind the device's work is no share of it; where launching takes longer than all operators
+    together, `launching` is the part of the step in which the device has nothing to do.
+    """
+    seconds = dict.fromkeys(("matrix products", "attention", "memory traffic"), 0.0)
+    calls = 0.0
+    for key, entry in work.items():
+        if key.moment not in (Moment.FORWARD, Moment.BACKWARD, Moment.UPDATE):
+            continue
+        calls += entry.calls
+        taken = _operator(key, entry, machine, tf32)
+        computes = bool(entry.flops) and taken > entry.moved_bytes / bandwidth(machine)
+        what = "attention" if is_attention(key) else "matrix products" if computes else "memory traffic"
+        seconds[what] += taken
+    busy, host = sum(seconds.values()), calls * launch_seconds(machine)
+    seconds["launching"] = max(0.0, host - busy) if machine.kind == "cuda" else host
+    total = sum(seconds.values())
+    return {what: taken / total for what, taken in seconds.items()} if total else {}
+
+
 def is_attention(key: WorkKey) -> bool:
     """Say whether this is a fused attention kernel, whose work grows with the square of a document."""
     return any(word in key.operator for word in _ATTENTION_WORDS)

@@ -16,7 +16,7 @@ from tunewise.planner.load import Load
 from tunewise.planner.predict import Prediction, Predictor
 from tunewise.planner.space import Refused, Wishes, axes, enumerate_space
 from tunewise.recipe import Fidelity
-from tunewise.units import format_bytes
+from tunewise.units import format_bytes, format_seconds
 
 SHORTEST = 128
 """Documents are not cut to fewer tokens than this to find something that fits."""
@@ -48,7 +48,7 @@ def _confirmed(selection: Selection, case: Case, predictor: Predictor) -> Select
         sizes = [n for n in predictor.micro_batch_sizes(candidate.choice) if n <= candidate.micro_batch_size]
         for size in reversed(sizes):
             try:
-                confirmed, _ = predictor.confirm(predictor.predict(candidate.choice, size))
+                confirmed, estimate = predictor.confirm(predictor.predict(candidate.choice, size))
             except Conflict as conflict:
                 failed.append(Refused(candidate.choice, str(conflict)))
                 break
@@ -58,6 +58,7 @@ def _confirmed(selection: Selection, case: Case, predictor: Predictor) -> Select
                 return replace(
                     selection,
                     best=confirmed,
+                    dry_run=estimate,
                     candidates=(confirmed, *rest),
                     front=tuple(ranked(front)),
                     rejected=(*selection.rejected, *failed),
@@ -79,18 +80,30 @@ def nothing_fits(case: Case, selection: Selection, trace_all: TraceAll = one_by_
     smallest = selection.smallest
     if smallest is not None:
         need = format_bytes(smallest.peak_bytes)
-        lines.append(f"The smallest, '{smallest.choice.label}', needs {need} with {smallest.micro_batch_size} rows.")
+        time = f" and {_times(case, smallest)}" if _times(case, smallest) else ""
+        rows = f"{smallest.micro_batch_size} row{'s' if smallest.micro_batch_size > 1 else ''}"
+        lines.append(f"The smallest, '{smallest.choice.label}', needs {need} with {rows}{time}.")
     fixed = 0 if smallest is None else sum(smallest.kinds[kind] for kind in _WHATEVER_THE_BATCH)
     for changed, give_up in _ways_out(case, can_be_shorter=fixed < case.limits.peak_bytes):
         found = search(changed, changed.predictor(trace_all))
         if found.best is not None:
             best = found.best
-            lines.append(f"What fits, if you {give_up}: {best.choice.label} ({format_bytes(best.peak_bytes)}).")
+            needs = ", ".join(filter(None, (format_bytes(best.peak_bytes), _times(changed, best))))
+            lines.append(f"What fits, if you {give_up}: {best.choice.label} ({needs}).")
             recipe = changed.recipe(best)
             return NothingFits("\n  ".join(lines), recipe, give_up)
     if smallest is not None:
         lines.append(_larger_machine(smallest.peak_bytes))
     return NothingFits("\n  ".join(lines), None, "use a larger machine")
+
+
+def _times(case: Case, prediction: Prediction) -> str:
+    """Say what a plan takes and costs, where somebody said how long the run is."""
+    if case.limits.run_steps is None:
+        return ""
+    seconds = prediction.step_seconds.middle * case.limits.run_steps
+    price = case.limits.price_per_hour
+    return format_seconds(seconds) + ("" if price is None else f" at a price of {price * seconds / 3600:.2f}")
 
 
 def _ways_out(case: Case, *, can_be_shorter: bool) -> Iterator[tuple[Case, str]]:

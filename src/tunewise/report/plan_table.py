@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from tunewise.planner.explain import Explanation
 from tunewise.planner.plan import Plan, Row
@@ -30,7 +30,11 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     for reason in plan.reasons:
         show(f"  {escape(reason)}", soft_wrap=True)
     show(_memory_table(plan))
+    show(_moments_table(plan))
     show(f"  speed    {_interval(best.tokens_per_second, '{:.0f}')} tokens/s")
+    if plan.speed_limits:
+        shares = sorted(plan.speed_limits.items(), key=lambda item: -item[1])
+        show(f"           limited by {', '.join(f'{what} {share:.0%}' for what, share in shares if share >= 0.01)}")
     show(f"  time     {_seconds(best.run_seconds)} for {escape(plan.run)}")
     if best.cost is not None:
         show(f"  cost     {_interval(best.cost, '{:.2f}')}")
@@ -100,6 +104,19 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("usable", format_bytes(plan.usable_bytes), "")
     room = plan.limit_bytes - best.peak_bytes
     table.add_row("head-room above the margin", format_bytes(room), f"{room / plan.usable_bytes:.0%} of usable")
+    return table
+
+
+def _moments_table(plan: Plan) -> Table:
+    """The fullest instant of each part of the run: where memory could be saved, and what it would not save."""
+    peaks = plan.moments.values()
+    table = Table(Column("peak by moment", no_wrap=True), *plan.moments, title_justify="left")
+    for kind in (*plan.best.kinds, "host"):
+        if any(peak[kind] for peak in peaks):
+            name = "copies on the host" if kind == "host" else kind.replace("_", " ")
+            table.add_row(name, *(format_bytes(peak[kind]) if peak[kind] else "-" for peak in peaks))
+    table.add_section()
+    table.add_row("on the device", *(format_bytes(sum(peak.values()) - peak["host"]) for peak in peaks))
     return table
 
 

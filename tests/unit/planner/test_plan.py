@@ -83,8 +83,8 @@ def test_limits_of_time_and_cost(tiny: str, card: Card) -> None:
     assert free.best.cost is not None
     assert free.best.cost.middle == pytest.approx(3.0 * free.best.run_seconds.middle / 3600)
     assert free.best.run_seconds.middle == pytest.approx(300 * free.best.step_seconds.middle)
-    with pytest.raises(NothingFits, match="drop the limits of time and cost"):
-        plan(tiny, machine=machine, num_documents=1600, time=free.best.run_seconds.middle / 2, **ADAPTER)
+    with pytest.raises(NothingFits, match=r"drop the limits of time and cost: .*iB, .* at a price of \d"):
+        plan(tiny, machine=machine, price=3.0, num_documents=1600, time=free.best.run_seconds.middle / 2, **ADAPTER)
     with pytest.raises(InputError, match="--documents"):
         plan(tiny, length=1024, machine=machine, time="1h")
     with pytest.raises(InputError, match="--price"):
@@ -143,12 +143,26 @@ def test_the_command_writes_a_recipe_that_training_reads(tiny: str, tmp_path: Pa
     assert content["usable_bytes"] < 4e9
     assert sum(content["best"]["kinds"].values()) < content["best"]["peak_bytes"]
     assert content["rejected"][0]["reason"]
+    peaks = {
+        moment: sum(size for kind, size in kinds.items() if kind != "host")
+        for moment, kinds in content["moments"].items()
+    }
+    assert list(peaks) == ["forward", "backward", "update", "evaluation", "save"]
+    assert max(peaks.values()) == sum(content["best"]["kinds"].values())
+    assert content["moments"]["save"]["host"] > 0
+    assert sum(content["speed_limits"].values()) == pytest.approx(1)
 
 
 def test_the_table_says_what_limits(tiny: str) -> None:
     result = CliRunner().invoke(app, ["plan", tiny, "--length", "1024", "--machine", "T4", "--with", "lora"])
     assert result.exit_code == 0, result.output
-    for words in ("memory at the peak", "head-room above the margin", "tokens/s", "rejected", "activations"):
+    for words in (
+        "memory at the peak",
+        "peak by moment",
+        "limited by memory traffic",
+        "head-room above the margin",
+        "rejected",
+    ):
         assert words in result.stdout
 
 

@@ -13,6 +13,9 @@ from tunewise.planner.roofline import (
     BANDWIDTH_FRACTION,
     CAUSAL_SHARE,
     CUDA_KERNEL_SECONDS,
+    bandwidth,
+    launch_seconds,
+    limits_of,
     seconds_of,
 )
 
@@ -54,3 +57,21 @@ def test_fp32_runs_at_its_own_rate_unless_tf32_is_asked_for() -> None:
 def test_evaluation_and_saving_are_not_the_step() -> None:
     found = seconds_of({MATMUL._replace(moment=Moment.EVALUATION): Work(1, 1e12, 1e6)}, A100)
     assert found.linear == found.calls == 0
+
+
+def test_what_a_step_waits_for() -> None:
+    copied = 4e9
+    work = {
+        MATMUL: Work(1, 2 * 4096**3, 3 * 2 * 4096**2),
+        WorkKey(Moment.BACKWARD, "aten.mul", torch.bfloat16): Work(2, 0, copied),
+    }
+    shares = limits_of(work, A100)
+    arithmetic, traffic = 2 * 4096**3 / 271.2e12, copied / bandwidth(A100)
+    assert shares["matrix products"] == pytest.approx(arithmetic / (arithmetic + traffic))
+    assert shares["memory traffic"] == pytest.approx(traffic / (arithmetic + traffic))
+    assert shares["launching"] == shares["attention"] == 0
+
+
+def test_many_tiny_operators_wait_for_the_host() -> None:
+    shares = limits_of({WorkKey(Moment.FORWARD, "aten.add", torch.float32): Work(1000, 0, 1e3)}, A100)
+    assert shares["launching"] == pytest.approx(1 - CUDA_KERNEL_SECONDS / launch_seconds(A100))
