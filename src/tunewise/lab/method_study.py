@@ -2,9 +2,10 @@
 
     predict      the planner says what cannot fit; that is not tried
     baseline     everything off that can be off
+    around       the user's own methods, and these with one of them switched: what decides most is measured first
     alone        each method by itself; its first loss and gradient are compared with the baseline's (`gate`)
     factorial    a two-level design over the methods that passed; effects and interactions on logarithms
-    candidates   what the fitted effects promise to be fastest, measured in turns
+    candidates   what the measured effects promise to be fastest, in turns
     ladder       methods of the winner added one after another
     left out     the winner without each of its methods
 
@@ -34,6 +35,12 @@ NEEDED = ("baseline", "candidate")
 """Roles of trials without which there is no answer; all others end with the budget."""
 
 FINALISTS = 3
+AROUND_SHARE = 0.6
+"""Of the budget, what may be spent before the methods are tried alone."""
+
+NOTICEABLE = 0.02
+"""A switch that changes the time by less changes nothing."""
+
 SURELY_FITS = 0.5
 """Of the limit: a baseline that needs no more leaves every other combination enough, and no more is predicted."""
 
@@ -121,6 +128,7 @@ class MethodStudy:
         """
         self._hold_what_must_be_on()
         self._try(frozenset(), "baseline")
+        self._around()
         self._alone()
         self._factorial()
         self._choose()
@@ -158,6 +166,42 @@ class MethodStudy:
             return space.predictor.predict(space.choice(on), space.micro_batch_size(on))
         except (Conflict, InputError):
             return None
+
+    @property
+    def own(self) -> On:
+        """The user's methods, without those that only save memory."""
+        memory = {f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning"}
+        return self.space.of_base() - memory
+
+    def _around(self) -> None:
+        """Switch one factor of the user's recipe at a time, then all those together that made it faster.
+
+        Effects of methods alone say little about a recipe of several (bf16 makes padded rows faster and packed ones
+        slower on some processors), and a short budget does not pay for a factorial. So the neighbours of the recipe
+        come first, and what they show is where candidates are looked for.
+        """
+        own, started = self.own, self._budget_left()
+        if self.space.refusal(own) is not None or self._try(own & self._learning(), "alone") is None:
+            return
+        found = self._try(own, "candidate")
+        if found is None or not found.is_sound:
+            return
+        faster = own
+        for factor in sorted(self.space.factors, key=lambda each: each.saves_memory_only):
+            on = own ^ {factor.name}
+            if started - self._budget_left() > AROUND_SHARE * self.budget_seconds:
+                break
+            if self.space.refusal(on) is not None or not self.keeps_what_is_learnt(on):
+                continue
+            neighbour = self._try(on, "around")
+            needed = CLEARLY_FASTER if factor.saves_memory_only else NOTICEABLE
+            if neighbour is not None and neighbour.is_sound and neighbour.seconds < (1 - needed) * found.seconds:
+                faster = faster ^ {factor.name}
+        if self.space.refusal(faster) is None:
+            self._try(faster, "around")
+
+    def _learning(self) -> On:
+        return frozenset(factor.name for factor in self.space.factors if factor.fidelity == "learning")
 
     def _alone(self) -> None:
         """Try each method by itself; one that fails or whose numbers disagree leaves the study."""
@@ -236,8 +280,9 @@ class MethodStudy:
             (seconds, on) for seconds, on in scored if not on & memory or seconds < (1 - CLEARLY_FASTER) * best_lean
         ]
         ordered = [on for _, on in sorted(allowed or scored, key=lambda pair: (pair[0], len(pair[1]), sorted(pair[1])))]
-        own = self.space.of_base() - memory  # the user's own methods are a candidate whatever single effects promise
-        first = [own] if own in ordered else []
+        # The user's own and the fastest that was measured are candidates whatever effects promise of others.
+        measured = [on for on in ordered if on in self.tried and self.tried[on].is_sound]
+        first = [on for on in (self.own, *measured[:1]) if on in ordered]
         return list(dict.fromkeys([*first, *ordered]))[:FINALISTS]
 
     def _combinations(self) -> list[On]:
@@ -248,7 +293,7 @@ class MethodStudy:
 
     def keeps_what_is_learnt(self, on: On) -> bool:
         """Say whether the methods that change what is learnt are those of the user's recipe."""
-        learning = {factor.name for factor in self.space.factors if factor.fidelity == "learning"}
+        learning = self._learning()
         return on & learning == self.space.of_base() & learning
 
     def _expected_seconds(self, on: On) -> float:
@@ -259,7 +304,14 @@ class MethodStudy:
         return self._product(on)
 
     def _product(self, on: On) -> float:
-        """Return the baseline's seconds times the effects that each method has alone."""
+        """Return the seconds of what was measured nearest, times what each switch does there.
+
+        That is the user's recipe where all switches on the way were tried around it, else the baseline.
+        """
+        own = self.tried.get(self.own)
+        steps = [self.tried.get(self.own ^ {name}) for name in on ^ self.own]
+        if own is not None and math.isfinite(own.seconds) and all(s and math.isfinite(s.seconds) for s in steps):
+            return own.seconds * math.prod(s.seconds / own.seconds for s in steps if s is not None)
         base = self.tried[frozenset()].seconds
         if math.isinf(base):  # the plain form could not be measured, so nothing was measured against it
             prediction = self.predicted(on)
@@ -326,8 +378,7 @@ class MethodStudy:
 
     def _gate(self, on: On, recipe: object, outcome: Measurement | OutOfMemory | Failed) -> Verdict | None:
         """Compare a combination's first batch with that of the same learning problem in its plain form."""
-        learning = {factor.name for factor in self.space.factors if factor.fidelity == "learning"}
-        reference = self.tried.get(on & frozenset(learning))
+        reference = self.tried.get(on & self._learning())
         if reference is None or not isinstance(outcome, Measurement) or outcome.gate is None:
             return None
         plain = next((m.gate for m in reference.measured if m.gate is not None), None)

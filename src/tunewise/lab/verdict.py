@@ -22,7 +22,7 @@ from tunewise.units import format_seconds
 SMALLEST_BAND = 0.01
 """Nats; smaller differences are not worth telling apart (methods.md, B5)."""
 
-ALMOST_AS_FAST = 0.02
+ALMOST_AS_FAST = 0.05
 """Of tied batches whose whole training takes the same time up to this share, the smallest is taken."""
 
 

@@ -137,6 +137,22 @@ def test_what_is_fastest_of_the_users_problem_wins() -> None:
     assert done.runner_up is not None
 
 
+@pytest.mark.parametrize("budget", [14.0, 1000.0])
+def test_a_method_that_is_faster_alone_and_slower_with_others_is_left_out(budget: float) -> None:
+    effects = {**EFFECT, "bf16": (0.7, 0.8)}
+    done = run(effects=effects, synergy={frozenset({"bf16", "packing"}): 2.5}, budget=budget)
+    assert done.winner == {"packing", "supervised loss", "attention", "lora"}
+
+
+def test_the_neighbours_of_the_users_recipe_come_first() -> None:
+    done = study()
+    done.run()
+    asked = cast(Formula, done.laboratory).asked
+    own = done.own
+    assert asked[:3] == [frozenset(), frozenset({"lora"}), own]
+    assert all(len(on ^ own) == 1 for on in asked[3 : 3 + 6])
+
+
 def test_memory_methods_come_only_when_memory_is_short() -> None:
     plain = run()
     assert not plain.winner & {"checkpointing", "accumulation", "nf4"}
@@ -220,7 +236,7 @@ def test_no_recipe_is_measured_twice_but_the_finalists() -> None:
     asked = cast(Formula, done.laboratory).asked
     repeated = {on for on in asked if asked.count(on) > 1}
     assert len(repeated) <= 3
-    assert all(done.tried[on].role in ("candidate", "factorial", "baseline", "alone") for on in repeated)
+    assert all(done.tried[on].role in ("candidate", "around", "factorial", "baseline", "alone") for on in repeated)
 
 
 def test_a_small_budget_still_gives_an_answer() -> None:
