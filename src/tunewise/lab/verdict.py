@@ -1,7 +1,7 @@
 """From the arms of a batch study to its answer: the cheapest batch whose loss cannot be told from the best one's.
 
 Compared are arms of equal tokens, those of the longest round. The noise is the spread between seeds of the same batch,
-pooled; differences of up to max(0.01 nats, two standard errors of a difference) are a tie.
+pooled; differences of up to two standard errors of a difference are a tie (0.01 nats where no batch had two seeds).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from tunewise.lab.outcome import Interval
 from tunewise.units import format_seconds
 
 SMALLEST_BAND = 0.01
-"""Nats; smaller differences are not worth telling apart (methods.md, B5)."""
+"""Nats; a tie where the noise between seeds is not known (methods.md, B5)."""
+
+FINEST_BAND = 0.002
+"""Nats; however small the noise is, smaller differences are not worth any time."""
 
 ALMOST_AS_FAST = 0.05
 """Of tied batches whose whole training takes the same time up to this share, the smallest is taken."""
@@ -126,7 +129,7 @@ def _seed_noise(results: Sequence[ArmResult]) -> tuple[float | None, int]:
 
 def _band(noise: float | None, num_seeds: int) -> float:
     """Two standard errors of the difference of two means of `num_seeds` seeds each."""
-    return SMALLEST_BAND if noise is None else max(SMALLEST_BAND, 2 * noise * math.sqrt(2 / num_seeds))
+    return SMALLEST_BAND if noise is None else max(FINEST_BAND, 2 * noise * math.sqrt(2 / num_seeds))
 
 
 def _point(
