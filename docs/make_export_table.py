@@ -92,10 +92,23 @@ empty cell loses nothing: the tool needs no such setting, or it is named with th
 """
 
 
+SCRATCH = {"name": "owner/model", "weights": "random"}
+OURS: dict[str, dict[str, Any]] = {
+    "stream": {**LORA, "checkpointing": {}, "stream": {"source": "host"}},
+    "offload_activations": {**LORA, "offload_activations": {"to": "host"}},
+    "initialize": {"precision": {"compute": "bf16"}, "initialize": {}},
+    "fp8_lm": {"precision": {"compute": "bf16", "trainable": "same"}, "fp8_lm": {}},
+}
+"""Methods that need others beside them, or random weights."""
+
+
 def recipes() -> Iterator[Recipe]:
     """Yield recipes that between them have every method, and values that not every tool can honour."""
     for name in (method.name for method in ALL):
         alone = name in ("lora", "freeze", "peft")
+        if name in OURS:
+            yield completed(OURS[name], **({"model": SCRATCH} if name == "initialize" else {}))
+            continue
         for options in ({}, ODD[name]) if name in ODD and not alone else (ODD.get(name, {}),):
             yield completed({**({} if alone else LORA), name: options})
     yield completed(LORA)

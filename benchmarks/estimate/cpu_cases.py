@@ -103,6 +103,11 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8 lora mixed": (_BF16 | _INT8_LORA, {}),
     "int8 lora fp32 checkpointing whole": (_FP32 | _INT8_LORA | {"checkpointing": {}, "whole_loss": {}}, {}),
     "nf4 lora lion 8-bit": (_BF16 | _QLORA | {"adamw_8bit": {}, "checkpointing": {"policy": "selective"}}, {}),
+    "full fp32 adamw 4-bit": (_FP32 | {"adamw_4bit": {}, "checkpointing": {}}, {}),
+    "full fp32 adam-mini": (_FP32 | {"adam_mini": {}}, {}),
+    "full fp32 apollo": (_FP32 | {"apollo": {"rank": 8}}, {}),
+    "full pure fp8_lm": (_PURE | {"fp8_lm": {}, "checkpointing": {}}, {}),
+    "full fp32 fp8_lm": (_FP32 | {"fp8_lm": {"gradient": "fp32", "master": "fp32"}}, {}),
 }
 
 LENGTHS = (48, 64, 96, 128, 160)

@@ -38,15 +38,16 @@ class Slot(enum.IntEnum):
     """Where in the building of a run a method acts. The order is fixed here, so the user's order never matters."""
 
     DATA = 1
-    WEIGHTS = 2
-    ADAPTER = 3
-    PRECISION = 4
-    ATTENTION = 5
-    ACTIVATIONS = 6
-    LOSS = 7
-    OPTIMIZER = 8
-    KERNELS = 9
-    COMPILE = 10
+    STORAGE = 2
+    WEIGHTS = 3
+    ADAPTER = 4
+    PRECISION = 5
+    ATTENTION = 6
+    ACTIVATIONS = 7
+    LOSS = 8
+    OPTIMIZER = 9
+    KERNELS = 10
+    COMPILE = 11
 
 
 class Fidelity(enum.StrEnum):

@@ -9,8 +9,9 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src" / "tunewise"
 
 PARTINGS = {
-    # Twice for moving, once to hand it to the run: real weights are moved to the device, fake ones are there already.
-    "engine/build.py build": 3,
+    # Handed to the run; real weights are moved to the device, fake ones are there already.
+    "engine/build.py build": 1,
+    "engine/build.py _settle_weights": 1,
     # The kernel of the device that is planned for, not of this one; and packed documents are proved not to see each
     # other by comparing values.
     "methods/attention.py apply": 2,

@@ -44,6 +44,11 @@ ROWS = [
     ("opt", "full fp32 adamw 8-bit"),
     ("falcon", "lora fp32 checkpointing"),
     ("olmo2", "full pure adafactor in backward"),
+    ("llama", "full fp32 adamw 4-bit"),
+    ("gpt2", "full fp32 adam-mini"),
+    ("qwen3", "full fp32 apollo"),
+    ("llama", "full pure fp8_lm"),
+    ("llama", "full fp32 fp8_lm"),
 ]
 
 

@@ -23,6 +23,7 @@ from tunewise.methods import (
     Checkpointing,
     Freeze,
     LoRA,
+    OffloadActivations,
     Packing,
     Peft,
     Precision,
@@ -66,6 +67,7 @@ SAME: dict[str, Method] = {
     "checkpoint selective": Checkpointing(policy="selective"),
     "supervised loss": SupervisedLoss(),
     "chunked loss": SupervisedLoss(chunk_tokens=5),
+    "activations on disk": OffloadActivations(min_bytes=1),
 }
 SPLITS = (1, 2, 3)
 PLAIN: tuple[Method, ...] = (Attention(kind="eager"), WholeLoss(), Precision(compute="fp32"))
@@ -175,5 +177,5 @@ def test_checkpointing_is_bit_equal(problem: str) -> None:
 
 def test_the_number_of_cases_does_not_fall() -> None:
     assert len(PROBLEMS) == 8
-    assert len(COMBINATIONS) == 8 + 23
-    assert len(CASES) == 248
+    assert len(COMBINATIONS) == 9 + 31
+    assert len(CASES) == 320

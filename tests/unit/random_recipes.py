@@ -16,12 +16,26 @@ SHARES = st.floats(0.0, 1.0)
 BELOW_ONE = st.floats(0.0, 1.0, exclude_max=True)
 POSITIVE = st.floats(0.0, 1e6, exclude_min=True)
 SOME_WORDS = st.lists(WORDS, min_size=1, max_size=3).map(tuple)
+NUMBER_FORMATS = st.sampled_from(["fp32", "bf16", "fp16", "fp8", "fp8_e5m2"])
 IN_BACKWARD = {"in_backward": st.booleans()}
 ADAM = {**IN_BACKWARD, "beta1": BELOW_ONE, "beta2": BELOW_ONE, "eps": POSITIVE}
 
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "packing": {"row_tokens": st.none() | COUNTS, "pad_to": COUNTS},
     "quantize": {"kind": st.sampled_from(["nf4", "fp4"]), "double_quant": st.none() | st.booleans()},
+    "stream": {"source": st.sampled_from(["disk", "host"]), "folder": st.none() | WORDS},
+    "initialize": {
+        "kind": st.sampled_from(["normal", "uniform", "glorot", "he", "orthogonal", "sparse"]),
+        "gain": POSITIVE,
+        "std": POSITIVE,
+        "num_nonzero": COUNTS,
+    },
+    "offload_activations": {
+        "to": st.sampled_from(["disk", "host"]),
+        "min_bytes": COUNTS,
+        "folder": st.none() | WORDS,
+    },
+    "pad": dict.fromkeys(("vocabulary", "rank", "length"), st.none() | COUNTS),
     "freeze": {"train": SOME_WORDS},
     "lora": {
         "rank": COUNTS,
@@ -46,13 +60,28 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "supervised_loss": {"chunk_tokens": COUNTS},
     "sgd": {**IN_BACKWARD, "momentum": BELOW_ONE, "nesterov": st.booleans()},
     "adagrad": {**IN_BACKWARD, "eps": POSITIVE},
-    "rmsprop": {**IN_BACKWARD, "decay": BELOW_ONE, "momentum": BELOW_ONE, "eps": POSITIVE},
+    "rmsprop": {**IN_BACKWARD, "decay": BELOW_ONE, "momentum": BELOW_ONE, "nesterov": st.booleans(), "eps": POSITIVE},
     "adam": {**ADAM, "fused": st.booleans()},
     "adamw": {**ADAM, "fused": st.booleans()},
     "adamw_8bit": ADAM,
     "paged_adamw_8bit": ADAM,
     "adafactor": {**IN_BACKWARD, "decay": st.floats(-1.0, 0.0), "clip": st.floats(1.0, 10.0)},
     "lion": {**IN_BACKWARD, "beta1": BELOW_ONE, "beta2": BELOW_ONE},
+    "adamw_4bit": ADAM,
+    "adam_mini": ADAM,
+    "apollo": {
+        **ADAM,
+        "rank": COUNTS,
+        "scale": st.sampled_from(["channel", "tensor"]),
+        "alpha": st.none() | POSITIVE,
+        "update_every": COUNTS,
+    },
+    "fp8_lm": {
+        **ADAM,
+        **dict.fromkeys(("gradient", "first_moment", "second_moment", "master"), NUMBER_FORMATS),
+        "threshold": SHARES,
+        "window": COUNTS,
+    },
 }
 REQUIRED = {"freeze": {"train"}, "peft": {"kind"}}
 

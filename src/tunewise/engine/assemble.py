@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunewise.engine.build import build
 from tunewise.engine.schedule import total_steps
@@ -18,8 +18,10 @@ from tunewise.methods.defaults import choose_device, complete, complete_interval
 from tunewise.methods.lora import LoRA
 from tunewise.methods.method import Run
 from tunewise.methods.precision import Precision
+from tunewise.methods.streaming import Stream
 from tunewise.recipe import Recipe, Slot
 from tunewise.workload.batches import GlobalBatches
+from tunewise.workload.mapped import load_mapped
 from tunewise.workload.model import context_length, load_config, load_model, load_tokenizer, resize_vocabulary
 from tunewise.workload.prepare import Prepared, prepare
 
@@ -69,12 +71,19 @@ def assemble(plan: Plan) -> Run:
     recipe = plan.recipe
     precision = recipe.get(Precision)
     assert precision is not None, "complete() fills the slot PRECISION"
-    model = load_model(recipe.model, plan.config, precision.loading_dtype(recipe), recipe.seed)
+    dtype, why_whole = precision.loading_dtype(recipe), None
+    mapped = load_mapped(recipe.model, plan.config, dtype) if recipe.get(Stream) is not None else None
+    if isinstance(mapped, PreTrainedModel):
+        model = mapped
+    else:
+        model, why_whole = load_model(recipe.model, plan.config, dtype, recipe.seed), mapped
     if recipe.model.resize_vocabulary and len(plan.tokenizer) > model.get_input_embeddings().num_embeddings:
         _require_trained_embeddings(recipe)
         resize_vocabulary(model, len(plan.tokenizer))
     torch.manual_seed(recipe.seed)
     run = build(recipe, model, plan.device)
+    if why_whole is not None:
+        run.say(f"stream: all weights were in memory once while loading, because {why_whole}")
     torch.manual_seed(recipe.seed)  # what building drew from the generator must not depend on the methods
     return run
 

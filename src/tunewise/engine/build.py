@@ -36,17 +36,27 @@ def build(recipe: Recipe, model: nn.Module, device: torch.device, *, is_dry: boo
     if recipe.in_slot(Slot.ADAPTER):
         model.requires_grad_(False)
     for slot in Slot:
-        if slot == Slot.ADAPTER and not is_dry:  # fake tensors are where they should be from the start
-            run.model.to(device)
+        if slot == Slot.ADAPTER:
+            _settle_weights(run)
         for method in recipe.in_slot(slot):
             method.apply(run)
-    if not is_dry:
-        run.model.to(device)
+    _settle_weights(run)
     run.model.train()
     if not any(True for _ in run.trainable()):
         raise Conflict("Nothing is learnt: no parameter is trainable. Add an adapter, or leave quantization out.")
     check_dtypes(run)
     return run
+
+
+def _settle_weights(run: Run) -> None:
+    """Put weights where they belong: on the device, or those of streamed blocks where they wait.
+
+    Fake tensors are where they should be from the start.
+    """
+    if run.streamer is not None:
+        run.streamer.settle(run.model)
+    elif not run.is_dry:
+        run.model.to(run.device)
 
 
 def _no_loss(run: Run, batch: MicroBatch) -> torch.Tensor:

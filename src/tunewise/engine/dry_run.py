@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from tunewise.engine.step import (
 from tunewise.engine.tracking import Kind, Moment, Place, Tracker, marking
 from tunewise.engine.unpacked_mask import use_unpacked_mask
 from tunewise.engine.workspace import cpu_workspace
+from tunewise.layers.fp8_lm import FP8LMAdamW, stored_gradients_of
 from tunewise.layers.head import base_model_of
 from tunewise.methods.method import Run
 from tunewise.methods.precision import Precision
@@ -214,6 +215,7 @@ class _DryStep:
         inner = base_model_of(run.model)
         self.blocks: list[nn.Module] = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.optimizer = run.make_optimizer(parameter_groups(run))
+        self.stored_gradients = stored_gradients_of(self.optimizer)
         set_learning_rate(self.optimizer, 1e-3)
         self._make_state()
         self.tracker = Tracker(
@@ -286,18 +288,27 @@ class _DryStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _make_gradients(self) -> list[Tensor]:
-        parameters = [parameter for _, parameter in self.run.trainable()]
-        made = [torch.zeros_like(parameter) for parameter in parameters]
-        for parameter, gradient in zip(parameters, made, strict=True):
-            parameter.grad = gradient
-        return made
+        """Give every parameter a gradient of zeros, stored as the optimizer stores gradients."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+                if self.stored_gradients is not None:
+                    cast(FP8LMAdamW, self.optimizer).take_gradient(index, parameter)
+        return self._gradients()
+
+    def _gradients(self) -> list[Tensor]:
+        if self.stored_gradients is not None:
+            return self.stored_gradients.tensors()
+        return [parameter.grad for _, parameter in self.run.trainable() if parameter.grad is not None]
 
     def _adopt_state(self) -> None:
         for entries in self.optimizer.state.values():
             self.tracker.adopt((value for value in entries.values() if isinstance(value, Tensor)), Kind.OPTIMIZER)
 
     def _adopt_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
+        if self.stored_gradients is not None:
+            self.tracker.adopt(self.stored_gradients.tensors_of(parameter), Kind.GRADIENTS)
+        elif parameter.grad is not None:
             self.tracker.adopt([parameter.grad], Kind.GRADIENTS)
 
 

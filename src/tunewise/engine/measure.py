@@ -34,6 +34,7 @@ from tunewise.engine.step import (
     update,
     update_in_backward,
 )
+from tunewise.layers.fp8_lm import stored_gradients_of
 from tunewise.methods.method import Run
 from tunewise.workload.batches import GlobalBatches, Layout, MicroBatch, Row
 from tunewise.workload.corpus import Corpus
@@ -150,7 +151,8 @@ class Measuring:
         """The first step without dropout; its gradient is kept as a sketch before the optimizer uses it."""
         with _without_dropout(self.run.model):
             loss = float(gradients(self.run, self._micro_batches(documents), self._supervised(documents), self.scaler))
-        first = None if self.run.update_in_backward else self._first_batch(loss)
+        is_gone = self.run.update_in_backward or stored_gradients_of(self.optimizer) is not None
+        first = None if is_gone else self._first_batch(loss)
         self._update()
         return first, loss
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunewise.engine.noise import NoiseMeter
+from tunewise.layers.fp8_lm import FP8LMAdamW
 from tunewise.methods.method import ParameterGroup, Run
 from tunewise.workload.batches import MicroBatch
 
@@ -52,7 +53,7 @@ def gradients(
     for batch in batches:
         on_device = batch.to(run.device)
         run.documents.lengths = on_device.document_lengths
-        with autocast(run):
+        with autocast(run), run.saved_tensors():
             loss = run.loss(run, on_device) / num_supervised
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -83,6 +84,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def clipped_norm(run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
     """Return the norm of all gradients together, after scaling them down to the recipe's `max_grad_norm`."""
+    if isinstance(optimizer, FP8LMAdamW) and optimizer.stored_gradients is not None:
+        return optimizer.clip_gradients(run.recipe.training.max_grad_norm)
     if scaler.is_enabled():
         scaler.unscale_(optimizer)
     parameters = [parameter for _, parameter in run.trainable() if parameter.grad is not None]

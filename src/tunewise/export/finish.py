@@ -60,6 +60,7 @@ def save_result(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> S
         return _save_verified(folder / "adapter", "adapter", lambda place: _save_peft(run, place))
     if lora is not None:
         return _save_verified(folder / "adapter", "adapter", lambda place: _save_lora(run, lora, tokenizer, place))
+    _undo_padding(run)
     return _save_verified(folder / "model", "model", lambda place: _save_model(run, run.model, tokenizer, place))
 
 
@@ -72,6 +73,7 @@ def save_merged(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> S
     """
     run.model.eval()
     run.documents.lengths = None  # the probe is one document
+    _undo_padding(run)
     trained_TV = probe_logits(run.model, run)
     merged = merge_adapters(run)
     difference = relative_difference(probe_logits(merged, run), trained_TV)
@@ -81,6 +83,13 @@ def save_merged(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> S
             f"Merging changed the logits by {difference:.1e} (relative), more than rounding explains ({tolerance:.0e})."
         )
     return _save_verified(folder, "model", lambda place: _save_model(run, merged, tokenizer, place))
+
+
+def _undo_padding(run: Run) -> None:
+    """A saved model has its own vocabulary."""
+    if run.undo_padding is not None:
+        run.undo_padding()
+        run.undo_padding = None
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ def merge_adapters(run: Run) -> nn.Module:
     peft_method = run.recipe.get(Peft)
     if peft_method is not None:
         return _merge_peft(run, peft_method)
+    if run.streamer is not None:
+        run.streamer.stop()
     for name, module in list(run.model.named_modules()):
         if isinstance(module, LoRALinear):
             run.model.set_submodule(name, module.merge(run.storage_dtype))

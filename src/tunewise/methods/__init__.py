@@ -5,10 +5,14 @@ from __future__ import annotations
 from tunewise.methods.attention import Attention
 from tunewise.methods.checkpointing import Checkpointing
 from tunewise.methods.defaults import complete
+from tunewise.methods.fp8_lm import FP8LM
 from tunewise.methods.freezing import Freeze
+from tunewise.methods.initialization import Initialize
+from tunewise.methods.lean_optimizers import AdamMini, AdamW4bit, Apollo
 from tunewise.methods.lora import LoRA
 from tunewise.methods.loss import SupervisedLoss, WholeLoss
 from tunewise.methods.method import Run
+from tunewise.methods.offload import OffloadActivations
 from tunewise.methods.optimizers import (
     SGD,
     Adafactor,
@@ -21,13 +25,17 @@ from tunewise.methods.optimizers import (
     RMSProp,
 )
 from tunewise.methods.packing import Packing
+from tunewise.methods.padding import Pad
 from tunewise.methods.peft import Peft
 from tunewise.methods.precision import Precision
 from tunewise.methods.quantization import Quantize
+from tunewise.methods.streaming import Stream
 from tunewise.recipe import Method
 
 ALL: tuple[type[Method], ...] = (
     Packing,
+    Stream,
+    Initialize,
     Quantize,
     Freeze,
     LoRA,
@@ -35,6 +43,7 @@ ALL: tuple[type[Method], ...] = (
     Precision,
     Attention,
     Checkpointing,
+    OffloadActivations,
     WholeLoss,
     SupervisedLoss,
     SGD,
@@ -46,6 +55,11 @@ ALL: tuple[type[Method], ...] = (
     PagedAdamW8bit,
     Adafactor,
     Lion,
+    AdamW4bit,
+    AdamMini,
+    Apollo,
+    FP8LM,
+    Pad,
 )
 """Every method, in the order of the slots."""
 
@@ -54,24 +68,32 @@ BY_NAME: dict[str, type[Method]] = {method.name: method for method in ALL}
 __all__ = [
     "ALL",
     "BY_NAME",
+    "FP8LM",
     "SGD",
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamMini",
     "AdamW",
+    "AdamW4bit",
     "AdamW8bit",
+    "Apollo",
     "Attention",
     "Checkpointing",
     "Freeze",
+    "Initialize",
     "Lion",
     "LoRA",
+    "OffloadActivations",
     "Packing",
+    "Pad",
     "PagedAdamW8bit",
     "Peft",
     "Precision",
     "Quantize",
     "RMSProp",
     "Run",
+    "Stream",
     "SupervisedLoss",
     "WholeLoss",
     "complete",

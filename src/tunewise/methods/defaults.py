@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tunewise.errors import InputError
 from tunewise.methods.attention import Attention, default_attention_kind
+from tunewise.methods.fp8_lm import FP8LM
 from tunewise.methods.lora import LoRA
 from tunewise.methods.loss import SupervisedLoss, WholeLoss
 from tunewise.methods.optimizers import AdamW
@@ -79,7 +80,8 @@ def _complete_methods(
         chosen = [Packing()] if recipe.objective == "pretrain" else [LoRA(), Packing()]
     slots = {method.slot for method in chosen}
     if Slot.PRECISION not in slots:
-        chosen.append(Precision(compute=default_compute(device)))
+        keeps_masters = any(isinstance(method, FP8LM) for method in chosen)  # of its own
+        chosen.append(Precision(compute=default_compute(device), trainable="same" if keeps_masters else "fp32"))
     prompts = any(isinstance(method, Peft) and method.is_prompt_learning for method in chosen)
     if Slot.ATTENTION not in slots:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]

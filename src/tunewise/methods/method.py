@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewise.layers.attention import DocumentLayout
+from tunewise.layers.streaming import Streamer
 from tunewise.recipe import Recipe
 from tunewise.workload.batches import Layout, MicroBatch
 
@@ -44,6 +46,9 @@ class Run:
         storage_dtype: how frozen weights are stored.
         autocast_dtype: the dtype of an autocast region around forward, or None for none.
         use_grad_scaler: whether fp16's dynamic loss scaling is needed.
+        saved_tensors: makes the context of a forward pass, in which what autograd saves can be put elsewhere.
+        streamer: keeps the blocks' frozen weights elsewhere until they are needed, or None.
+        undo_padding: gives a padded vocabulary its own size again, before the model is saved; None: nothing is padded.
         update_in_backward: whether the optimizer updates each parameter as soon as its gradient is there.
         is_dry: True when the tensors are fake: methods must not read values.
         notes: what methods have to say to the user ("LoRA on 28 linear layers").
@@ -60,6 +65,9 @@ class Run:
     storage_dtype: torch.dtype = torch.float32
     autocast_dtype: torch.dtype | None = None
     use_grad_scaler: bool = False
+    saved_tensors: Callable[[], AbstractContextManager[object]] = nullcontext
+    streamer: Streamer | None = None
+    undo_padding: Callable[[], None] | None = None
     update_in_backward: bool = False
     is_dry: bool = False
     notes: list[str] = field(default_factory=list)

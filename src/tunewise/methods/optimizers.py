@@ -104,20 +104,36 @@ class Adagrad(Optimizer):
 
 
 class RMSProp(Optimizer):
-    """Adagrad with a decaying mean of squared gradients (algorithm 8.5); eps stands outside the root."""
+    """Adagrad with a decaying mean of squared gradients (algorithm 8.5); eps stands outside the root.
+
+    Attributes:
+        decay: rho, the memory of the mean.
+        momentum: of the updates; 0 for none.
+        nesterov: whether the momentum is Nesterov's (algorithm 8.6); the stored weights are then the point at which
+            the gradient is taken.
+    """
 
     name: ClassVar[str] = "rmsprop"
 
     decay: Beta = 0.99
     momentum: Beta = 0.0
+    nesterov: bool = False
     eps: Epsilon = 1e-8
 
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Nesterov's variant is one of momentum."""
+        if self.nesterov and self.momentum == 0.0:
+            return "rmsprop.nesterov needs momentum; set rmsprop.momentum, for example to 0.9"
+        return super().conflict(recipe)
+
     def make(self, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-        """Return torch's RMSprop."""
+        """Return torch's RMSprop, or ours with Nesterov's momentum."""
+        if self.nesterov:
+            return optimizers.NesterovRMSprop(groups, 0.0, self.decay, self.momentum, self.eps)
         return torch.optim.RMSprop(groups, lr=0.0, alpha=self.decay, momentum=self.momentum, eps=self.eps)
 
 
-class _AdamLike(Optimizer):
+class AdamLike(Optimizer):
     """Options of Adam's family.
 
     beta2 = 0.999 remembers some thousand steps, which suits the small batches of fine-tuning; pre-training
@@ -130,7 +146,7 @@ class _AdamLike(Optimizer):
     eps: Epsilon = 1e-8
 
 
-class Adam(_AdamLike):
+class Adam(AdamLike):
     """Adaptive moments (Kingma and Ba 2014, arXiv 1412.6980; algorithm 8.7); weight decay is added to the
     gradient."""
 
@@ -143,7 +159,7 @@ class Adam(_AdamLike):
         return torch.optim.Adam(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused)
 
 
-class AdamW(_AdamLike):
+class AdamW(AdamLike):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
 
     Attributes:
@@ -159,7 +175,7 @@ class AdamW(_AdamLike):
         return torch.optim.AdamW(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=self.fused)
 
 
-class AdamW8bit(_AdamLike):
+class AdamW8bit(AdamLike):
     """AdamW with 8-bit moments; see `tunewise.layers.optimizers.adamw_8bit`."""
 
     name: ClassVar[str] = "adamw_8bit"
@@ -173,7 +189,7 @@ class AdamW8bit(_AdamLike):
         return optimizers.adamw_8bit(groups, (self.beta1, self.beta2), self.eps)
 
 
-class PagedAdamW8bit(_AdamLike):
+class PagedAdamW8bit(AdamLike):
     """AdamW with 8-bit moments in memory that CUDA moves to the host when the device is full."""
 
     name: ClassVar[str] = "paged_adamw_8bit"

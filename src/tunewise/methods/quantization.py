@@ -71,6 +71,8 @@ class Quantize(Method):
             before += weight.numel() * weight.element_size()
             after += packed.stored_bytes
             run.model.set_submodule(name, packed)
+            if run.streamer is not None:
+                run.streamer.park_inside(name, packed)
         run.say(f"{self.kind} weights in {len(layers)} linear layers: {format_bytes(before)} -> {format_bytes(after)}")
         stacked = stacked_experts(run.model)
         if stacked:

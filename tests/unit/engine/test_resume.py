@@ -26,12 +26,16 @@ LORA = {"rank": 4, "dropout": 0.2}
 CPU_OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "nesterov": True},
     "adagrad": {},
-    "rmsprop": {"momentum": 0.5},
+    "rmsprop": {"momentum": 0.5, "nesterov": True},
     "adam": {},
     "adamw": {},
     "adamw_8bit": {},
     "adafactor": {},
     "lion": {},
+    "adamw_4bit": {},
+    "adam_mini": {},
+    "apollo": {"rank": 2, "update_every": 2},
+    "fp8_lm": {},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "padded": {"methods": {"lora": LORA}},
@@ -44,6 +48,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "batch": {"documents": 4, "micro_batch_size": 4},
     },
     "checkpointing": {"methods": {"lora": LORA, "checkpointing": None}},
+    "streamed, activations on disk": {
+        "methods": {"lora": LORA, "checkpointing": None, "stream": None, "offload_activations": {"min_bytes": 1}}
+    },
     "nf4": {"methods": {"lora": LORA, "quantize": {"kind": "nf4"}}},
     "peft": {"methods": {"peft": {"kind": "IA3"}}},
     "LoRA+": {"methods": {"lora": {**LORA, "lora_plus_ratio": 8.0}}, "training": {"weight_decay": 0.1}},
@@ -103,12 +110,21 @@ def test_killed_and_resumed_equals_never_killed(setting: str, files: tuple[Path,
 
 
 def test_the_number_of_settings_does_not_fall() -> None:
-    assert len(CPU_OPTIMIZERS) == 8
-    assert len(SETTINGS) == 20
+    assert len(CPU_OPTIMIZERS) == 12
+    assert len(SETTINGS) == 25
 
 
-def test_full_fine_tuning_with_8_bit_moments(files: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_over(*files, methods={"adamw_8bit": {}, "packing": {"row_tokens": 96}}, training={"steps": 4})
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {"adamw_8bit": {}},
+        {"adamw_4bit": {}},
+        {"fp8_lm": {}, "precision": {"compute": "bf16", "trainable": "same"}},
+    ],
+    ids=lambda methods: next(iter(methods)),
+)
+def test_full_fine_tuning_with_small_states(methods: dict[str, Any], files: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = recipe_over(*files, methods={"packing": {"row_tokens": 96}, **methods}, training={"steps": 4})
     api.train(recipe, out=tmp_path / "whole")
     train_with_crashes(recipe, tmp_path / "killed", [("step", 3)])
     assert_same_end(tmp_path / "whole", tmp_path / "killed")

@@ -34,7 +34,13 @@ NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 
 NAMES = sorted(PEERS)
 LORA: dict[str, Any] = {"lora": {}, "precision": {"compute": "bf16"}}
-ALONE: dict[str, dict[str, Any]] = {"freeze": {"freeze": {"train": ["*norm*"]}}, "peft": {"peft": {"kind": "IA3"}}}
+ALONE: dict[str, dict[str, Any]] = {
+    "freeze": {"freeze": {"train": ["*norm*"]}},
+    "peft": {"peft": {"kind": "IA3"}},
+    "stream": {**LORA, "checkpointing": {}, "stream": {"source": "host"}},
+    "offload_activations": {**LORA, "offload_activations": {"to": "host"}},
+    "fp8_lm": {"precision": {"compute": "bf16", "trainable": "same"}, "fp8_lm": {}},
+}
 """Methods that need options, or that stand for the adapter themselves."""
 
 
@@ -65,7 +71,12 @@ def named(recipe: Recipe, peer: str, **facts: Any) -> dict[str, str]:
 @pytest.mark.parametrize("method", [method.name for method in ALL])
 def test_every_method_is_written_or_named(method: str, peer: str) -> None:
     """`peer_config` itself fails when a setting is neither; adapters without counterpart are refused by name."""
-    recipe = completed(ALONE.get(method, {**({} if method == "lora" else LORA), method: {}}))
+    model = {"name": "owner/llama", "weights": "random" if method == "initialize" else "pretrained"}
+    recipe = completed(ALONE.get(method, {**({} if method == "lora" else LORA), method: {}}), model=model)
+    if method == "initialize" and peer == "torchtune":
+        with pytest.raises(InputError, match="they draw none"):
+            exported(recipe, peer)
+        return
     if method == "peft" or (method == "freeze" and peer != "axolotl"):
         with pytest.raises(InputError, match=f"no counterpart for '{method}'"):
             exported(recipe, peer)

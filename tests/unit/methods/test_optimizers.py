@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from tests.unit.built import make_recipe, make_run
 from tunewise.errors import Conflict
+from tunewise.methods.fp8_lm import FP8LM
+from tunewise.methods.lean_optimizers import AdamMini, AdamW4bit, Apollo
 from tunewise.methods.optimizers import (
     SGD,
     Adafactor,
@@ -30,6 +32,9 @@ from tunewise.recipe import BatchSpec, TrainingSpec
 
 RATE, DECAY, STEPS = 0.1, 0.05, 8
 UNCLIPPED = TrainingSpec(max_grad_norm=None)
+RTOL = dict.fromkeys(("adam_mini", "adamw_4bit", "apollo", "fp8_lm"), 2e-5)
+"""Those that compute in fp32 whatever the parameter is."""
+
 ON_CPU: tuple[Optimizer, ...] = (
     SGD(),
     SGD(momentum=0.9),
@@ -41,6 +46,12 @@ ON_CPU: tuple[Optimizer, ...] = (
     AdamW8bit(),
     Adafactor(),
     Lion(),
+    RMSProp(momentum=0.9, nesterov=True),
+    AdamW4bit(),
+    AdamMini(),
+    Apollo(rank=4),
+    Apollo(rank=1, scale="tensor", update_every=2),
+    FP8LM(),
 )
 
 
@@ -118,6 +129,28 @@ def adam(theta: Tensor, coupled: float = 0.0, decoupled: float = 0.0) -> Tensor:
     return theta
 
 
+def nesterov_rmsprop(theta: Tensor) -> Tensor:
+    """Algorithm 8.6 with eps beside the root; returned is the interim point, which our optimizer stores."""
+    velocity, squares = torch.zeros_like(theta), torch.zeros_like(theta)
+    for step in range(STEPS):
+        g = gradient(theta + 0.9 * velocity, step)
+        squares = 0.99 * squares + 0.01 * g * g
+        velocity = 0.9 * velocity - RATE * g / (squares.sqrt() + 1e-8)
+        theta = theta + velocity
+    return theta + 0.9 * velocity
+
+
+def adam_mini(theta: Tensor) -> Tensor:
+    """Algorithm 1 of Zhang et al. with a block a row."""
+    first, second = torch.zeros_like(theta), torch.zeros(theta.shape[0], 1, dtype=theta.dtype)
+    for step in range(STEPS):
+        g = gradient(theta, step)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g.square().mean(1, keepdim=True)
+        corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        theta = theta - RATE * corrected[0] / (corrected[1].sqrt() + 1e-8)
+    return theta
+
+
 def lion(theta: Tensor) -> Tensor:
     mean = torch.zeros_like(theta)
     for step in range(STEPS):
@@ -151,17 +184,22 @@ def adafactor(theta: Tensor) -> Tensor:
         (SGD(momentum=0.9, nesterov=True), nesterov),
         (Adagrad(), adagrad),
         (RMSProp(decay=0.9), rmsprop),
+        (RMSProp(momentum=0.9, nesterov=True), nesterov_rmsprop),
         (Adam(), adam),
         (Adam(fused=False), adam),
         (AdamW(), adam),
         (AdamW(fused=False), adam),
         (Lion(), lion),
         (Adafactor(), adafactor),
+        (AdamMini(), adam_mini),
+        (AdamW4bit(), adam),  # so small a tensor keeps fp32 moments
+        (Apollo(), adam),  # and a matrix of a lower rank than the projection its own moments
+        (FP8LM(first_moment="fp32", second_moment="fp32", master="fp32", gradient="fp32"), adam),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_formula(method: Optimizer, formula: Callable[[Tensor], Tensor]) -> None:
-    torch.testing.assert_close(ours(method), formula(start()), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ours(method), formula(start()), rtol=RTOL.get(method.name, 1e-6), atol=1e-8)
 
 
 def test_weight_decay_is_coupled_in_adam_and_decoupled_in_adamw() -> None:
@@ -248,6 +286,7 @@ def test_in_backward_with_packing_or_fp16() -> None:
 
 def test_other_conflicts() -> None:
     assert "momentum" in str(SGD(nesterov=True).conflict(make_recipe()))
+    assert "momentum" in str(RMSProp(nesterov=True).conflict(make_recipe()))
     assert "CUDA" in str(PagedAdamW8bit().conflict(make_recipe(device="cpu")))
     assert PagedAdamW8bit().conflict(make_recipe(device="cuda")) is None
     with pytest.raises(Conflict, match="CUDA"):

@@ -17,6 +17,7 @@ from tunewise.export.peers import axolotl, llamafactory, torchtune, trl, unsloth
 from tunewise.export.peers.config import Case, Draft, Facts, Missing, PeerConfig, as_yaml
 from tunewise.export.peers.ledger import Ledger, settings_of
 from tunewise.export.peers.source import stem_of
+from tunewise.export.peers.stand_ins import with_stand_ins
 from tunewise.methods.compatibility import refuse_conflicts
 from tunewise.planner.plan import Plan
 from tunewise.recipe import Recipe
@@ -94,11 +95,13 @@ def peer_config(
     if recipe.methods is None or recipe.batch.micro_batch_size is None or recipe.data.max_length is None:
         raise ValueError("the recipe is not complete; pass it through tunewise.methods.complete first")
     refuse_conflicts(recipe)
-    ledger = Ledger(recipe, tool.name)
+    written, ours = with_stand_ins(recipe, tool.name)
+    ledger = Ledger(written, tool.name)
     name, folder = name or stem_of(recipe.model.name), folder or Path()
-    case = Case(recipe, config or load_config(recipe.model), facts or Facts(), name, folder)
+    case = Case(written, config or load_config(recipe.model), facts or Facts(), name, folder)
     draft = tool.draft(ledger, case)
     ledger.close()
+    ledger.missing += ours
     if tool.interpolates:
         _refuse_references(recipe, tool.name)
     file_name = file_name_of(name, peer)

@@ -251,6 +251,8 @@ def _optimizer(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
             ledger.take(setting, "optimizer_in_bwd")
             if value and not is_full:
                 ledger.miss(setting, "torchtune's LoRA recipe updates after the whole backward pass")
+        elif setting == "rmsprop.nesterov":
+            ledger.need(setting, False, otherwise="torch's RMSprop has plain momentum only")
         elif option in ("beta1", "beta2"):
             ledger.take(setting, "optimizer: betas")
             written["betas"] = [getattr(method, "beta1"), getattr(method, "beta2")]  # noqa: B009 (of any Adam)

@@ -57,6 +57,8 @@ def optimizer_arguments(ledger: Ledger, recipe: Recipe, optim: str = "optim") ->
         argument = _ARGUMENTS.get(setting) or _ARGUMENTS.get(option)
         if option == "in_backward":
             ledger.need(setting, False, otherwise=f"{ledger.peer} updates after the whole backward pass only")
+        elif setting == "rmsprop.nesterov":
+            ledger.need(setting, False, otherwise="torch's RMSprop has plain momentum only")
         elif option == "fused":
             ledger.take(setting, optim)
             written[optim] += "_fused" if value else ""

@@ -1,0 +1,124 @@
+"""A frozen base four times larger than its memory: trained with `stream`, gradients bit-equal to the resident model's.
+
+    python benchmarks/streaming/run.py --json OUT
+
+A Llama of 16 blocks is written to a folder. Processes of their own then load it and train LoRA on it for three steps
+with tunewise's engine: resident or with `stream` from disk. Each records, with torch's own allocator record, the most
+tensor memory that loading, building and training needed together, and the hash of its trained weights after
+every step. The files of the streamed blocks and of the model are read through the page cache, which the kernel may
+drop; it is not tensor memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tunewise.engine.allocator import allocated_bytes
+from tunewise.engine.assemble import assemble, settle
+from tunewise.engine.step import clipped_norm, gradients, parameter_groups, set_learning_rate, update
+from tunewise.methods.reading import recipe_from_mapping
+from tunewise.workload.batches import GlobalBatches
+from tunewise.workload.model import EMBEDDED_FOLDER
+
+CONFIG = LlamaConfig(
+    vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+)  # fmt: skip
+MODES: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "streamed": {"stream": {}},
+    "resident nf4": {"quantize": {"kind": "nf4"}},
+    "streamed nf4": {"quantize": {"kind": "nf4"}, "stream": {}},
+}
+
+
+def child(mode: str, model: Path) -> dict[str, Any]:
+    """Load and train in this process."""
+    mapping = {
+        "model": {"name": str(model), "tokenizer": str(EMBEDDED_FOLDER)},
+        "data": {"source": "stdlib", "max_length": 64, "max_records": 60},
+        "methods": {"lora": {"rank": 4}, "checkpointing": {}, "precision": {"compute": "fp32"}, **MODES[mode]},
+        "batch": {"documents": 4, "micro_batch_size": 2},
+        "training": {"steps": 3, "learning_rate": 1e-3},
+        "device": "cpu",
+    }
+    plan = settle(recipe_from_mapping(mapping, "benchmark"))
+    hashes: list[str] = []
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    def everything() -> None:
+        run = assemble(plan)
+        optimizer, scaler = run.make_optimizer(parameter_groups(run)), torch.amp.GradScaler("cpu", enabled=False)
+        steps = GlobalBatches(plan.data.train, plan.recipe.batch, plan.recipe.seed).from_step(0)
+        for _ in range(3):
+            started = time.perf_counter()
+            documents = next(steps)[1]
+            set_learning_rate(optimizer, 1e-3)
+            rows = run.layout.micro_batches(documents, plan.data.train.lengths)
+            batches = (run.layout.build(part, plan.data.train) for part in rows)
+            num_supervised = int(plan.data.train.num_supervised[documents].sum())
+            losses.append(float(gradients(run, batches, num_supervised, scaler)))
+            digest = hashlib.sha256()
+            for _, parameter in run.trainable():
+                assert parameter.grad is not None
+                digest.update(parameter.grad.numpy().tobytes())
+            hashes.append(digest.hexdigest()[:16])
+            clipped_norm(run, optimizer, scaler)
+            update(optimizer, scaler)
+            seconds.append(round(time.perf_counter() - started, 3))
+
+    return {
+        "peak_tensor_bytes": allocated_bytes(everything),
+        "losses": losses,
+        "gradients": hashes,
+        "seconds_per_step": seconds,
+    }
+
+
+def main() -> None:
+    """Write the model, run the modes one after another, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--child", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        options.json.write_text(json.dumps(child(options.child[0], Path(options.child[1]))))
+        return
+    found: dict[str, Any] = {"torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as name:
+        model = Path(name) / "model"
+        torch.manual_seed(0)
+        whole = AutoModelForCausalLM.from_config(CONFIG)
+        found["model_bytes"] = sum(parameter.nbytes for parameter in whole.parameters())
+        whole.save_pretrained(model)
+        del whole
+        for mode in MODES:
+            out = Path(name) / "out.json"
+            command = [sys.executable, __file__, "--json", str(out), "--child", mode, str(model)]
+            subprocess.run(command, check=True)
+            found[mode] = json.loads(out.read_text())
+            times = found["model_bytes"] / found[mode]["peak_tensor_bytes"]
+            print(
+                f"{mode}: peak {found[mode]['peak_tensor_bytes'] / 2**20:.1f} MiB, model / peak {times:.2f}", flush=True
+            )
+    for kind in ("", " nf4"):
+        found[f"bit_equal{kind}"] = found[f"resident{kind}"]["gradients"] == found[f"streamed{kind}"]["gradients"]
+    found["model_over_peak"] = found["model_bytes"] / found["streamed"]["peak_tensor_bytes"]
+    print({key: found[key] for key in ("bit_equal", "bit_equal nf4", "model_over_peak")})
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
