@@ -19,7 +19,7 @@ from tunewise.export.peers import PEERS, PeerConfig, peer_config
 from tunewise.export.peers.ledger import settings_of
 from tunewise.methods import ALL, complete
 from tunewise.methods.reading import recipe_from_mapping
-from tunewise.recipe import Recipe
+from tunewise.recipe import Recipe, Slot
 
 FILE = Path(__file__).parent / "export.md"
 SHAPE = LlamaConfig(
@@ -104,13 +104,14 @@ OURS: dict[str, dict[str, Any]] = {
 
 def recipes() -> Iterator[Recipe]:
     """Yield recipes that between them have every method, and values that not every tool can honour."""
-    for name in (method.name for method in ALL):
-        alone = name in ("lora", "freeze", "peft")
+    for kind in ALL:
+        name, alone = kind.name, kind.slot == Slot.ADAPTER
         if name in OURS:
             yield completed(OURS[name], **({"model": SCRATCH} if name == "initialize" else {}))
             continue
+        beside = {"quantize": {"kind": "int4"}} if name == "qalora" else {} if alone else LORA
         for options in ({}, ODD[name]) if name in ODD and not alone else (ODD.get(name, {}),):
-            yield completed({**({} if alone else LORA), name: options})
+            yield completed({**beside, name: options})
     yield completed(LORA)
     for method in ("sgd", "adamw", "adam", "lion", "adagrad", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "adafactor"):
         changes = {"training": {"max_grad_norm": None}, "batch": {"documents": 4, "micro_batch_size": 4}}

@@ -125,7 +125,7 @@ def measure(case: Case, recipe: Recipe, config: PretrainedConfig) -> tuple[list[
         gradients(run, iter(batches), sum(batch.num_supervised for batch in batches), scaler)
         if not run.update_in_backward:
             clipped_norm(run, optimizer, scaler)
-            update(optimizer, scaler)
+            update(run, optimizer, scaler)
 
     def evaluate() -> None:
         run.model.eval()

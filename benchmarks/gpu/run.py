@@ -125,7 +125,7 @@ def one_step(run: Run, optimizer: torch.optim.Optimizer, shape: BatchShape) -> N
     set_learning_rate(optimizer, 1e-4)
     gradients(run, [batch], shape.num_supervised, scaler)
     clipped_norm(run, optimizer, scaler)
-    update(optimizer, scaler)
+    update(run, optimizer, scaler)
 
 
 def synchronize(device: torch.device) -> None:

@@ -64,7 +64,7 @@ def step_of(methods: dict[str, Any], compute: str, length: int) -> Callable[[], 
     def step() -> None:
         set_learning_rate(optimizer, 1e-4)
         gradients(run, [batch], int(corpus.num_supervised.sum()), scaler)
-        update(optimizer, scaler)
+        update(run, optimizer, scaler)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -76,7 +76,7 @@ def child(mode: str, model: Path) -> dict[str, Any]:
                 digest.update(parameter.grad.numpy().tobytes())
             hashes.append(digest.hexdigest()[:16])
             clipped_norm(run, optimizer, scaler)
-            update(optimizer, scaler)
+            update(run, optimizer, scaler)
             seconds.append(round(time.perf_counter() - started, 3))
 
     return {

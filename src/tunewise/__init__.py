@@ -11,8 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunewise.api import export_merged, resume, train
+    from tunewise.api import export_merged, export_rank, resume, train
     from tunewise.errors import Conflict, DoesNotFit, InputError, MissingBackend, TunewiseError
+    from tunewise.export.parts import load_adapter
+    from tunewise.export.quantized import load_quantized
     from tunewise.export.result import Result
     from tunewise.planner.plan import Plan, plan
     from tunewise.recipe import Recipe
@@ -23,6 +25,9 @@ _HOMES = {
     "tune": "tunewise.tuning",
     "resume": "tunewise.api",
     "export_merged": "tunewise.api",
+    "export_rank": "tunewise.api",
+    "load_adapter": "tunewise.export.parts",
+    "load_quantized": "tunewise.export.quantized",
     "Result": "tunewise.export.result",
     "plan": "tunewise.planner.plan",
     "Plan": "tunewise.planner.plan",
@@ -44,6 +49,9 @@ __all__ = [
     "Result",
     "TunewiseError",
     "export_merged",
+    "export_rank",
+    "load_adapter",
+    "load_quantized",
     "plan",
     "resume",
     "train",

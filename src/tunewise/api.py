@@ -1,4 +1,4 @@
-"""The main line from Python: `train(recipe)`, `resume(folder)`, `export_merged(folder, destination)`."""
+"""The main line from Python: `train(recipe)`, `resume(folder)`, `export_merged` and `export_rank`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunewise.engine.run_folder import RunFolder
 from tunewise.engine.state import restore_trainable
 from tunewise.engine.train import Observe, Training
 from tunewise.errors import InputError
-from tunewise.export.finish import Saved, save_merged, save_result
+from tunewise.export.finish import Saved, cut_run, save_cut, save_merged, save_result
 from tunewise.export.result import Result
 from tunewise.methods.method import Run
 from tunewise.methods.reading import load_recipe, recipe_from_mapping
@@ -90,14 +90,44 @@ def resume(
         home.close()
 
 
-def export_merged(folder: str | Path, destination: str | Path) -> Saved:
+def export_merged(folder: str | Path, destination: str | Path, *, rank: int | None = None) -> Saved:
     """Merge a finished run's adapter into its base and save one model, read again and compared.
+
+    Args:
+        folder: the run.
+        destination: a new folder.
+        rank: of what 'dylora' trained, how many ranks; None: all of the adapter.
 
     Raises:
         InputError: there is no run, it has no checkpoint, or the destination is not empty.
         VerificationError: the saved model's logits differ from the trained one's.
     """
-    home, target = RunFolder(Path(folder)), Path(destination)
+    run, plan = _trained(folder, Path(destination))
+    if rank is not None:
+        cut_run(run, rank)
+    return save_merged(run, plan.tokenizer, Path(destination))
+
+
+def export_rank(folder: str | Path, rank: int, destination: str | Path | None = None) -> Saved:
+    """Save the first `rank` ranks of a finished DyLoRA run as an ordinary PEFT LoRA adapter, read again and compared.
+
+    Args:
+        folder: the run.
+        rank: how many ranks.
+        destination: a new folder; None: `adapter-rank-R` in the run's.
+
+    Raises:
+        InputError: as `export_merged`, or the run has no such rank.
+        VerificationError: the saved adapter's logits differ from the trained one's.
+    """
+    target = Path(destination) if destination is not None else Path(folder) / f"adapter-rank-{rank}"
+    run, plan = _trained(folder, target)
+    return save_cut(run, rank, plan.tokenizer, target)
+
+
+def _trained(folder: str | Path, target: Path) -> tuple[Run, Plan]:
+    """Return a finished run as its training left it, once it is sure that `target` is free."""
+    home = RunFolder(Path(folder))
     if not home.recipe_file.is_file():
         raise InputError(f"There is no run in '{folder}': it has no recipe.yaml.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -108,7 +138,7 @@ def export_merged(folder: str | Path, destination: str | Path) -> Saved:
     _refuse_changes(plan, home, ("recipe", "model"), f"The run in '{folder}' cannot be exported")
     run = assemble(plan)
     restore_trainable(run, tensors)
-    return save_merged(run, plan.tokenizer, target)
+    return run, plan
 
 
 def _run(run: Run, plan: Plan, folder: RunFolder, observe: Observe, *, resume_it: bool) -> Result:

@@ -61,13 +61,14 @@ class Fidelity(enum.StrEnum):
 class Method(Value):
     """One way of saving something (or of learning better), a frozen value that a recipe contains or does not.
 
-    A subclass sets the three class variables, declares its options as fields, and writes `apply`, which changes a
-    `Run` that is being built. What it costs and saves is never declared: it is observed by running the result dry or
-    for real.
+    A subclass sets the class variables (`place`, among the methods of one slot, only where the order matters), declares
+    its options as fields, and writes `apply`, which changes a `Run` that is being built. What it costs and saves is
+    never declared: it is observed by running the result dry or for real.
     """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
+    place: ClassVar[int] = 0
     fidelity: ClassVar[Fidelity]
 
     def conflict(self, recipe: Recipe) -> str | None:
@@ -198,7 +199,7 @@ class Recipe(Value):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"the method '{twice[0]}' stands in the recipe twice")
-            ordered = tuple(sorted(self.methods, key=lambda method: (method.slot, method.name)))
+            ordered = tuple(sorted(self.methods, key=lambda method: (method.slot, method.place, method.name)))
             object.__setattr__(self, "methods", ordered)
         return self
 

@@ -15,6 +15,8 @@ PARTINGS = {
     # The kernel of the device that is planned for, not of this one; and packed documents are proved not to see each
     # other by comparing values.
     "methods/attention.py apply": 2,
+    # The largest rank needs most; a dry run draws none.
+    "methods/dylora.py apply": 1,
     # The head is proved to be what we take it for by comparing values.
     "methods/loss.py apply": 1,
     # CUDA's paged memory cannot be fake.
@@ -26,7 +28,15 @@ PARTINGS = {
 }
 """Functions that ask `is_dry`, how often, and why. None is in the step: runs part while they are built, only there."""
 
-STEP = ("gradients", "clipped_norm", "update", "update_in_backward", "parameter_groups", "set_learning_rate")
+STEP = (
+    "begin_step",
+    "gradients",
+    "clipped_norm",
+    "update",
+    "update_in_backward",
+    "parameter_groups",
+    "set_learning_rate",
+)
 
 
 def readers(file: Path) -> list[str]:

@@ -20,13 +20,18 @@ from tunewise.engine.build import build
 from tunewise.engine.step import gradients
 from tunewise.methods import (
     Attention,
+    BottleneckAdapter,
     Checkpointing,
+    DoRA,
+    DyLoRA,
     Freeze,
     LoRA,
+    LoRAFA,
     OffloadActivations,
     Packing,
     Peft,
     Precision,
+    QALoRA,
     Quantize,
     SupervisedLoss,
     WholeLoss,
@@ -54,6 +59,11 @@ PROBLEMS: dict[str, tuple[Method, ...]] = {
     "rslora on attention": (LoRA(rank=4, use_rslora=True, target_modules=("q_proj", "v_proj")),),
     "lora over nf4": (LoRA(rank=4), Quantize(kind="nf4")),
     "lora over int8": (LoRA(rank=4), Quantize(kind="int8")),
+    "dora over nf4": (DoRA(rank=4), Quantize(kind="nf4")),
+    "lora-fa": (LoRAFA(rank=4),),
+    "bottleneck, lora and norms": (BottleneckAdapter(size=4), LoRA(rank=4), Freeze(train=("*norm*",))),
+    "qalora over int3": (QALoRA(rank=4), Quantize(kind="int3")),
+    "dylora over int8": (DyLoRA(rank=4), Quantize(kind="int8")),
     "norms and biases": (Freeze(train=("*norm*",)),),
     "lora and norms": (LoRA(rank=4), Freeze(train=("*norm*",))),
     "ia3": (Peft(kind="IA3"),),
@@ -176,6 +186,6 @@ def test_checkpointing_is_bit_equal(problem: str) -> None:
 
 
 def test_the_number_of_cases_does_not_fall() -> None:
-    assert len(PROBLEMS) == 8
+    assert len(PROBLEMS) == 13
     assert len(COMBINATIONS) == 9 + 31
-    assert len(CASES) == 320
+    assert len(CASES) == 520

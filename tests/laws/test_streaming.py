@@ -83,7 +83,7 @@ def peak_of_two_steps(run: Run) -> int:
             batches = [run.layout.build(part, corpus()) for part in rows]
             gradients(run, batches, int(corpus().num_supervised.sum()), scaler)
             clipped_norm(run, optimizer, scaler)
-            update(optimizer, scaler)
+            update(run, optimizer, scaler)
 
     before = lasting_bytes(run, optimizer)
     return before + allocated_bytes(train)

@@ -55,7 +55,7 @@ def train(run: Run, is_in_backward: bool) -> None:
         set_learning_rate(optimizer, 1e-2)
         gradients(run, [run.layout.build(part, corpus()) for part in rows], num_supervised, scaler)
         if not is_in_backward:
-            update(optimizer, scaler)
+            update(run, optimizer, scaler)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -98,4 +98,4 @@ def test_other_precisions_stay_within_their_rounding(problem: str, precision: Pr
 def test_the_number_of_cases_does_not_fall() -> None:
     every_optimizer = {method for method in ALL if method.slot == Slot.OPTIMIZER}
     assert {type(method) for method in OPTIMIZERS.values()} | {PagedAdamW8bit} == every_optimizer  # that needs CUDA
-    assert len(PROBLEMS) * len(OPTIMIZERS) == 96
+    assert len(PROBLEMS) * len(OPTIMIZERS) == 156

@@ -20,6 +20,16 @@ NUMBER_FORMATS = st.sampled_from(["fp32", "bf16", "fp16", "fp8", "fp8_e5m2"])
 IN_BACKWARD = {"in_backward": st.booleans()}
 ADAM = {**IN_BACKWARD, "beta1": BELOW_ONE, "beta2": BELOW_ONE, "eps": POSITIVE}
 
+LOW_RANK: dict[str, st.SearchStrategy[Any]] = {
+    "rank": COUNTS,
+    "alpha": st.none() | POSITIVE,
+    "dropout": BELOW_ONE,
+    "target_modules": WORDS | SOME_WORDS,
+    "exclude_modules": WORDS | SOME_WORDS,
+    "layers_to_transform": st.none() | st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    "modules_to_save": SOME_WORDS,
+}
+
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "packing": {"row_tokens": st.none() | COUNTS, "pad_to": COUNTS},
     "quantize": {"kind": st.sampled_from(["nf4", "fp4"]), "double_quant": st.none() | st.booleans()},
@@ -38,16 +48,26 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "pad": dict.fromkeys(("vocabulary", "rank", "length"), st.none() | COUNTS),
     "freeze": {"train": SOME_WORDS},
     "lora": {
-        "rank": COUNTS,
-        "alpha": st.none() | POSITIVE,
-        "dropout": BELOW_ONE,
-        "target_modules": WORDS | SOME_WORDS,
-        "exclude_modules": WORDS | SOME_WORDS,
-        "layers_to_transform": st.none() | st.lists(st.integers(0, 99), max_size=3).map(tuple),
+        **LOW_RANK,
         "use_rslora": st.booleans(),
         "lora_plus_ratio": st.none() | POSITIVE,
-        "init": st.sampled_from(["kaiming", "gaussian", "pissa"]),
-        "modules_to_save": SOME_WORDS,
+        "init": st.sampled_from(["kaiming", "gaussian", "pissa", "loftq"]),
+    },
+    "bottleneck": {
+        "size": COUNTS,
+        "after": st.sampled_from([("attention",), ("mlp",), ("attention", "mlp")]),
+        "activation": st.sampled_from(["relu", "gelu", "silu"]),
+        "scale": POSITIVE,
+        "target_modules": st.none() | SOME_WORDS,
+    },
+    "dora": LOW_RANK,
+    "lora_fa": LOW_RANK,
+    "qalora": LOW_RANK,
+    "dylora": {
+        **LOW_RANK,
+        "rank": st.integers(8, 64),
+        "ranks": st.none() | st.lists(st.integers(1, 8), min_size=1, max_size=3).map(tuple),
+        "scale_by_rank": st.booleans(),
     },
     "peft": {"kind": st.just("IA3"), "options": st.dictionaries(WORDS, st.none() | st.integers() | WORDS, max_size=2)},
     "precision": {

@@ -48,10 +48,12 @@ def allocated_bytes(work: Callable[[], object]) -> int:
 
 
 def lasting_bytes(run: Run, optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of weights, buffers and optimizer state, each storage once."""
+    """Return the bytes of weights, buffers, optimizer state and what methods keep beside it, each storage once."""
     tensors: list[Tensor] = [*run.model.parameters(), *run.model.buffers()]
     for entries in optimizer.state.values():
         tensors += [value for value in entries.values() if isinstance(value, Tensor)]
+    for companion in run.companions.values():
+        tensors += companion.state().values()
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

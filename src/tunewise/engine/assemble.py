@@ -15,7 +15,7 @@ from tunewise.engine.schedule import total_steps
 from tunewise.errors import Conflict
 from tunewise.methods.compatibility import refuse_conflicts
 from tunewise.methods.defaults import choose_device, complete, complete_intervals
-from tunewise.methods.lora import LoRA
+from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
 from tunewise.methods.precision import Precision
 from tunewise.methods.streaming import Stream
@@ -90,8 +90,8 @@ def assemble(plan: Plan) -> Run:
 
 def _require_trained_embeddings(recipe: Recipe) -> None:
     """New rows of a vocabulary are noise until they are trained."""
-    lora = recipe.get(LoRA)
-    if recipe.in_slot(Slot.ADAPTER) and (lora is None or not lora.modules_to_save):
+    low_rank = recipe.get(LowRank)
+    if recipe.in_slot(Slot.ADAPTER) and (low_rank is None or not low_rank.modules_to_save):
         raise Conflict(
             "model.resize_vocabulary adds tokens whose embeddings nobody trains: name the embedding and the head in "
             "methods.lora.modules_to_save (for Llama: [embed_tokens, lm_head]), or fine-tune without an adapter."

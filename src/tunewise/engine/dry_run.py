@@ -26,6 +26,7 @@ from tunewise.engine.extension import extend, shallow, shallow_depths
 from tunewise.engine.fake_tensors import Answers, FakeTensors
 from tunewise.engine.state import Progress, capture
 from tunewise.engine.step import (
+    begin_step,
     clipped_norm,
     gradients,
     parameter_groups,
@@ -245,11 +246,12 @@ class _DryStep:
         if not batches:
             self.tracker.adopt(self._make_gradients(), Kind.GRADIENTS)
             torch.amp.GradScaler.scale(self.scaler, torch.zeros(()))  # an update unscales, so something was scaled
+        begin_step(run, 1)
         gradients(run, self._micro_batches(batches), max(num_supervised, 1), self.scaler)
         self.tracker.enter(Place(Moment.UPDATE))
         if not run.update_in_backward:
             clipped_norm(run, self.optimizer, self.scaler)
-            update(self.optimizer, self.scaler)
+            update(run, self.optimizer, self.scaler)
         self._adopt_state()
 
     def evaluate(self, shape: BatchShape) -> None:
@@ -283,8 +285,11 @@ class _DryStep:
 
     def _make_state(self) -> None:
         """A first update, so that the step that is watched finds the state that all but the first one find."""
+        begin_step(self.run, 0)
         self._make_gradients()
         self.optimizer.step()
+        for companion in self.run.companions.values():
+            companion.after_update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _make_gradients(self) -> list[Tensor]:
@@ -302,6 +307,8 @@ class _DryStep:
         return [parameter.grad for _, parameter in self.run.trainable() if parameter.grad is not None]
 
     def _adopt_state(self) -> None:
+        for companion in self.run.companions.values():
+            self.tracker.adopt(companion.state().values(), Kind.OPTIMIZER)
         for entries in self.optimizer.state.values():
             self.tracker.adopt((value for value in entries.values() if isinstance(value, Tensor)), Kind.OPTIMIZER)
 

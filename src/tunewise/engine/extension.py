@@ -24,7 +24,7 @@ from tunewise.engine.tracking import Curve, Moment, Place
 from tunewise.engine.work import Work, WorkKey
 from tunewise.methods.checkpointing import Checkpointing
 from tunewise.methods.freezing import Freeze
-from tunewise.methods.lora import LoRA
+from tunewise.methods.low_rank import LowRank
 from tunewise.methods.peft import Peft
 from tunewise.recipe import Method, Recipe
 
@@ -75,11 +75,11 @@ def block_signatures(config: PretrainedConfig, recipe: Recipe) -> list[tuple[Any
     kinds = block_kinds(config)
     if len(kinds) == depth:
         columns.append(kinds)
-    checkpointing, lora, freeze = (recipe.get(kind) for kind in (Checkpointing, LoRA, Freeze))
+    checkpointing, low_rank, freeze = (recipe.get(kind) for kind in (Checkpointing, LowRank, Freeze))
     if isinstance(checkpointing, Checkpointing):
         columns.append([number % checkpointing.every for number in range(depth)])
-    if isinstance(lora, LoRA) and lora.layers_to_transform is not None:
-        columns.append([number in lora.layers_to_transform for number in range(depth)])
+    if isinstance(low_rank, LowRank) and low_rank.layers_to_transform is not None:
+        columns.append([number in low_rank.layers_to_transform for number in range(depth)])
     if isinstance(freeze, Freeze):
         columns += [[_may_match(pattern, number) for number in range(depth)] for pattern in freeze.train]
     peft = recipe.get(Peft)
@@ -223,7 +223,7 @@ def _shallow_peft(peft: Peft, kept: Kept, depth: int) -> Peft:
 def _shallow_method(method: Method, kept: Kept, depth: int) -> Method:
     if isinstance(method, Peft):
         return _shallow_peft(method, kept, depth)
-    if isinstance(method, LoRA) and method.layers_to_transform is not None:
+    if isinstance(method, LowRank) and method.layers_to_transform is not None:
         wanted = tuple(place for place, number in enumerate(kept) if number in method.layers_to_transform)
         return method.model_copy(update={"layers_to_transform": wanted})
     if isinstance(method, Freeze):

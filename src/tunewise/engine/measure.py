@@ -27,6 +27,7 @@ from tunewise.engine.noise import NoiseMeter
 from tunewise.engine.noise_sums import NoiseSums
 from tunewise.engine.sketch import sketch
 from tunewise.engine.step import (
+    begin_step,
     clipped_norm,
     gradients,
     parameter_groups,
@@ -79,6 +80,7 @@ class Measuring:
         self.steps = GlobalBatches(train, recipe.batch, recipe.seed)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.use_grad_scaler)
         self.optimizer = run.make_optimizer(parameter_groups(run))
+        self._num_steps = 0
         if run.update_in_backward:
             update_in_backward(run, self.optimizer)
 
@@ -103,6 +105,9 @@ class Measuring:
         if not run.update_in_backward:  # what the zero updates have left in the optimizer's state is not of this run
             self.optimizer = run.make_optimizer(parameter_groups(run))
             self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.use_grad_scaler)
+            self._num_steps = 0
+            for companion in run.companions.values():
+                companion.restore({})
         return peak, f"{rows} x {width} tokens, {'two micro-batches' if len(batches) > 1 else 'one micro-batch'}"
 
     def timed(self, warm_up: int, count: int, learning_rate: float) -> TimedSteps:
@@ -149,6 +154,7 @@ class Measuring:
 
     def _first_step(self, documents: Sequence[int]) -> tuple[FirstBatch | None, float]:
         """The first step without dropout; its gradient is kept as a sketch before the optimizer uses it."""
+        begin_step(self.run, self._num_steps)
         with _without_dropout(self.run.model):
             loss = float(gradients(self.run, self._micro_batches(documents), self._supervised(documents), self.scaler))
         is_gone = self.run.update_in_backward or stored_gradients_of(self.optimizer) is not None
@@ -171,6 +177,7 @@ class Measuring:
 
     def _step(self, documents: Sequence[int]) -> float:
         """The lines of `engine.train.Training._step` that compute."""
+        begin_step(self.run, self._num_steps)
         loss = float(gradients(self.run, self._micro_batches(documents), self._supervised(documents), self.scaler))
         self._update()
         return loss
@@ -178,7 +185,8 @@ class Measuring:
     def _update(self) -> None:
         if not self.run.update_in_backward:
             clipped_norm(self.run, self.optimizer, self.scaler)
-            update(self.optimizer, self.scaler)
+            update(self.run, self.optimizer, self.scaler)
+            self._num_steps += 1
 
     def _documents(self, count: int) -> list[list[int]]:
         taken = self.steps.from_step(0)
@@ -219,6 +227,8 @@ class Measuring:
         for _, parameter in self.run.trainable():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
+        for companion in self.run.companions.values():
+            companion.after_update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _synchronize(self) -> None:

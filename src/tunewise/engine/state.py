@@ -13,7 +13,7 @@ from tunewise.errors import CheckpointError
 from tunewise.methods.method import Run
 from tunewise.workload.batches import Layout
 
-_TRAINABLE, _OPTIMIZER, _RANDOM = "trainable/", "optimizer/", "random/"
+_TRAINABLE, _OPTIMIZER, _RANDOM, _COMPANION = "trainable/", "optimizer/", "random/", "companion/"
 
 
 @dataclass
@@ -73,6 +73,8 @@ def capture(
                 tensors[f"{_OPTIMIZER}{index}/{key}"] = value
             else:
                 numbers.setdefault(str(index), {})[key] = value
+    for method, companion in run.companions.items():
+        tensors |= {f"{_COMPANION}{method}/{key}": value for key, value in companion.state().items()}
     tensors |= random_states(run.device)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = {
@@ -114,7 +116,7 @@ def restore(
 
 
 def restore_trainable(run: Run, tensors: dict[str, Tensor]) -> None:
-    """Put the captured values of the trainable parameters back.
+    """Put the captured values of the trainable parameters back, and what methods keep beside them.
 
     Raises:
         CheckpointError: names or shapes differ.
@@ -132,6 +134,9 @@ def restore_trainable(run: Run, tensors: dict[str, Tensor]) -> None:
                     f"the model's {tuple(parameter.shape)}."
                 )
             parameter.copy_(saved[name])
+    for method, companion in run.companions.items():
+        prefix = f"{_COMPANION}{method}/"
+        companion.restore({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

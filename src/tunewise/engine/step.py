@@ -1,5 +1,6 @@
 """One global step: the same lines whether it is dry, measured or trained.
 
+    begin_step(...)  what methods change from step to step
     gradients(...)   micro-batches forward and backward, weighted by tokens
     update(...)      clip, learning rate, optimizer step
 
@@ -31,6 +32,12 @@ def autocast(run: Run) -> AbstractContextManager[object]:
     return torch.autocast(run.device.type, dtype=run.autocast_dtype)
 
 
+def begin_step(run: Run, step: int, num_steps: int | None = None) -> None:
+    """Let methods prepare step number `step` of `num_steps`, as far as that is known; see `Companion`."""
+    for companion in run.companions.values():
+        companion.begin_step(step, num_steps)
+
+
 def gradients(
     run: Run,
     batches: Iterable[MicroBatch],
@@ -55,8 +62,10 @@ def gradients(
         run.documents.lengths = on_device.document_lengths
         with autocast(run), run.saved_tensors():
             loss = run.loss(run, on_device) / num_supervised
-        scaler.scale(loss).backward()
         total += loss.detach()
+        for penalty in run.penalties:  # by shares, so that any split into micro-batches adds it once
+            loss = loss + penalty() * (batch.num_supervised / num_supervised)
+        scaler.scale(loss).backward()
         if meter is not None:
             meter.after_micro_batch(batch.num_supervised)
     return total
@@ -95,10 +104,12 @@ def clipped_norm(run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.G
     return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
 
-def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Let the optimizer make its step and drop the gradients."""
+def update(run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Let the optimizer make its step, methods look at the gradients, and drop them."""
     scaler.step(optimizer)
     scaler.update()
+    for companion in run.companions.values():
+        companion.after_update()
     optimizer.zero_grad(set_to_none=True)
 
 

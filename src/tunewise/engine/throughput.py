@@ -77,7 +77,7 @@ class Timing:
             self._synchronize()
             started = time.perf_counter()
             clipped_norm(self.run, self.optimizer, self.scaler)
-            update(self.optimizer, self.scaler)
+            update(self.run, self.optimizer, self.scaler)
             self._synchronize()
             seconds.append(time.perf_counter() - started)
         return seconds[1:]

@@ -39,6 +39,7 @@ from tunewise.engine.state import (
     restore_trainable,
 )
 from tunewise.engine.step import (
+    begin_step,
     clipped_norm,
     gradients,
     parameter_groups,
@@ -180,6 +181,7 @@ class Training:
         set_learning_rate(self.optimizer, learning_rate)
         num_supervised = int(self.corpus.num_supervised[documents].sum())
         random_state = random_states(run.device)
+        begin_step(run, progress.step, self.num_steps)
         loss = self._gradients_that_fit(documents, num_supervised)
         if self._meter is not None and (sums := self._meter.finish(num_supervised, self.scaler.get_scale())):
             self.noise.append(sums)
@@ -192,7 +194,7 @@ class Training:
                 self._save()
             raise
         if not run.update_in_backward:
-            update(self.optimizer, self.scaler)
+            update(run, self.optimizer, self.scaler)
         seconds = time.perf_counter() - started
         num_tokens = int(self.corpus.lengths[documents].sum())
         smoothed = progress.smoothed_loss

@@ -20,9 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunewise.errors import InputError, MissingBackend, StorageError, did_you_mean
+from tunewise.layers.bottleneck import Bottleneck, Projection, plain_names
+from tunewise.layers.dora import DoRALinear
 from tunewise.layers.linear import PackedLinear, is_linear, is_tied, is_transposed, output_head
 from tunewise.layers.lora import Factor, LoRALinear, lora_layers
+from tunewise.layers.qalora import QALoRALinear
 from tunewise.methods.lora import LoRA
+from tunewise.methods.low_rank import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,7 +44,7 @@ _PEFT_DEFAULTS = {
 }
 
 
-def save_adapter(model: nn.Module, lora: LoRA, folder: Path, base_model_name: str) -> None:
+def save_adapter(model: nn.Module, method: LowRank, folder: Path, base_model_name: str) -> None:
     """Write the model's LoRA layers, and whatever else of it is trained, as a PEFT adapter.
 
     PiSSA is written as the plain LoRA of twice the rank that changes the original base weights in the same
@@ -52,7 +56,7 @@ def save_adapter(model: nn.Module, lora: LoRA, folder: Path, base_model_name: st
         InputError: the model has no LoRA layer, or one whose base weight is trained too.
         StorageError: the folder cannot be written.
     """
-    layers = lora_layers(model)
+    layers = _layers(model)
     if not layers:
         raise InputError("save_adapter: the model has no LoRA layer.")
     tensors: dict[str, Tensor] = {}
@@ -60,6 +64,9 @@ def save_adapter(model: nn.Module, lora: LoRA, folder: Path, base_model_name: st
         lora_a, lora_b = layer.update_factors()
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b
+        if isinstance(layer, DoRALinear):
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+    options = method.peft_options(next(iter(layers.values())))
     extra, saved_modules, bias = _other_trained(model)
     tensors |= extra
     config = {
@@ -67,14 +74,15 @@ def save_adapter(model: nn.Module, lora: LoRA, folder: Path, base_model_name: st
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
-        **_sizes(layers, lora.use_rslora),
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.use_rslora,
+        **_sizes(layers, bool(options.get("use_rslora"))),
+        "lora_dropout": method.dropout,
+        "use_rslora": False,
         "init_lora_weights": True,
         "target_modules": _target_words(model, set(layers)),
         "modules_to_save": saved_modules or None,
         "bias": bias,
         "fan_in_fan_out": all(_stands_for_conv1d(layer.base_layer) for layer in layers.values()),
+        **options,
     }
     contiguous = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     try:
@@ -100,15 +108,21 @@ def load_adapter(model: nn.Module, folder: Path) -> LoRA:
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     if not names:
         raise InputError(f"{folder / WEIGHTS}: there is no LoRA factor in it.")
-    if lora_layers(model) and sorted(lora_layers(model)) != names:
+    present = _layers(model)
+    if present and sorted(present) != names:
         raise InputError(f"{folder}: the adapter's layers are not those that the model has LoRA on.")
+    for variant, kind in (("use_qalora", QALoRALinear), ("use_dora", DoRALinear)):
+        if any(isinstance(layer, kind) != bool(config.get(variant)) for layer in present.values()):
+            raise InputError(f"{folder}: '{variant}' is true of one of adapter and model only.")
     for name in names:
         lora_a, lora_b = (tensors.pop(f"{name}.lora_{factor}.weight", None) for factor in "AB")
         if lora_a is None or lora_b is None:
             raise InputError(f"{folder / WEIGHTS}: one of the two factors of '{name}' is missing.")
-        _load_layer(model, name, lora_a, lora_b, config, folder)
+        layer = _load_layer(model, name, lora_a, lora_b, config, folder)
+        if isinstance(layer, DoRALinear):
+            _load_lengths(layer, name, tensors.pop(f"{name}.lora_magnitude_vector", None), folder)
     _load_other(model, tensors, folder / WEIGHTS)
-    layer = lora_layers(model)[names[0]]
+    layer = _layers(model)[names[0]]
     return LoRA(
         rank=layer.rank,
         alpha=layer.scale * (math.sqrt(layer.rank) if config["use_rslora"] else layer.rank),
@@ -146,6 +160,12 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
     return loaded
 
 
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the model's low-rank layers by the names of the layers that they wrap."""
+    plain = plain_names(model)
+    return {plain(name): layer for name, layer in lora_layers(model).items()}
+
+
 def _sizes(layers: dict[str, LoRALinear], use_rslora: bool) -> dict[str, Any]:
     """Return rank and alpha: the most common ones, and patterns for the layers that differ."""
     ranks = {name: layer.update_factors()[0].shape[0] for name, layer in layers.items()}
@@ -171,11 +191,12 @@ def _other_trained(model: nn.Module) -> tuple[dict[str, Tensor], list[str], str]
     A module of which only the bias is trained keeps its place (PEFT's bias = "all"); every other one is saved
     whole.
     """
-    modules = dict(model.named_modules())
+    plain = plain_names(model)
+    modules = {plain(name): module for name, module in model.named_modules() if not isinstance(module, Bottleneck)}
     trained: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
-        if parameter.requires_grad and not isinstance(modules[owner], Factor):
+        owner, _, leaf = plain(name).rpartition(".")
+        if parameter.requires_grad and not isinstance(modules[owner], Factor | LoRALinear | Projection):
             trained.setdefault(owner, []).append(leaf)
     tensors: dict[str, Tensor] = {}
     saved_modules = []
@@ -199,7 +220,8 @@ def _target_words(model: nn.Module, adapted: set[str]) -> list[str]:
     A word is the last component of a name ("q_proj") where every module of that name is adapted, else the
     full name.
     """
-    everything = {name for name, _ in model.named_modules() if name not in adapted}
+    plain = plain_names(model)
+    everything = {plain(name) for name, _ in model.named_modules()} - adapted
     words = set()
     for name in adapted:
         last = name.rpartition(".")[2]
@@ -228,7 +250,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights '{init}' changes the base model when it loads; "
             "convert the adapter to a plain LoRA (path_initial_model_for_weight_conversion in peft) first."
         )
-    for variant in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters"):
+    for variant in ("lora_bias", "alora_invocation_tokens", "target_parameters"):
         if config.get(variant):
             raise InputError(f"{path}: '{variant}' is set, which our LoRA layer does not compute; use peft itself.")
     return config
@@ -247,20 +269,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _load_layer(
     model: nn.Module, name: str, lora_a: Tensor, lora_b: Tensor, config: dict[str, Any], folder: Path
-) -> None:
-    """Copy the factors of one layer, wrapping it first where it is not yet a LoRA layer."""
+) -> LoRALinear:
+    """Copy the factors of one layer, wrapping it first where it is not yet a LoRA layer; return it."""
     rank = lora_a.shape[0]
     alpha = _pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
     is_pissa = str(config["init_lora_weights"]).lower() == "pissa"
-    layer = _submodule(model, name, folder)
+    layer = _layers(model).get(name) or _submodule(model, name, folder)
     if not isinstance(layer, LoRALinear):
         if not is_linear(layer):
             kind = type(layer).__name__
             raise InputError(f"{folder}: '{name}' is no linear layer but {kind}; use peft itself.")
-        layer = LoRALinear(layer, rank, scale, config["lora_dropout"])
-        if is_pissa:
-            layer.initialize("pissa")
+        if config.get("use_qalora"):
+            raise InputError(f"{folder}: QA-LoRA needs the quantized base that it was trained on; build the run again.")
+        make = DoRALinear if config.get("use_dora") else LoRALinear
+        layer = make(layer, rank, scale, config["lora_dropout"])
+        if is_pissa or isinstance(layer, DoRALinear):
+            layer.initialize("pissa" if is_pissa else "kaiming", torch.Generator())
         layer.requires_grad_(False)
         model.set_submodule(name, layer)
     elif (layer.initial_a is not None) != is_pissa or not math.isclose(layer.scale, scale, rel_tol=1e-6):
@@ -271,6 +296,15 @@ def _load_layer(
             raise InputError(f"{folder}: '{name}' has a factor of {theirs}, the model one of {ours}.")
         with torch.no_grad():
             parameter.copy_(tensor)
+    return layer
+
+
+def _load_lengths(layer: DoRALinear, name: str, lengths_O: Tensor | None, folder: Path) -> None:
+    """Copy the lengths of the rows of one DoRA layer."""
+    if lengths_O is None or lengths_O.shape != layer.lora_magnitude_vector.shape:
+        raise InputError(f"{folder / WEIGHTS}: '{name}' needs a lora_magnitude_vector of {layer.out_features} numbers.")
+    with torch.no_grad():
+        layer.lora_magnitude_vector.copy_(lengths_O)
 
 
 def _submodule(model: nn.Module, name: str, folder: Path) -> nn.Module:
@@ -283,7 +317,10 @@ def _submodule(model: nn.Module, name: str, folder: Path) -> nn.Module:
 
 def _load_other(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy fully trained modules; the two names of a tied tensor must agree."""
-    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    plain = plain_names(model)
+    places = {
+        plain(name): place for name, place in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    }
     for name, tensor in tensors.items():
         if name not in places:
             raise InputError(f"{path}: the adapter has a tensor '{name}', the model not.")

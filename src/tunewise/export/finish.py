@@ -19,13 +19,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunewise.engine.checkpoint import storage_errors
 from tunewise.engine.step import autocast
-from tunewise.errors import VerificationError
+from tunewise.errors import InputError, VerificationError
 from tunewise.export.adapter import WEIGHTS, load_adapter, save_adapter, save_peft
 from tunewise.export.merge import merge_adapters
+from tunewise.export.parameters import load_parameters, save_parameters
+from tunewise.export.parts import Part, parts_of
+from tunewise.export.quantized import load_quantized, save_quantized
+from tunewise.layers.dylora import cut_dylora
+from tunewise.layers.head import base_model_of
 from tunewise.layers.lora import lora_layers
+from tunewise.methods.bottleneck import BottleneckAdapter
+from tunewise.methods.dylora import DyLoRA
 from tunewise.methods.lora import LoRA
+from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
-from tunewise.methods.peft import Peft
+from tunewise.methods.qalora import QALoRA
 from tunewise.recipe import ModelSpec
 from tunewise.workload.model import load_config, load_model, locate, quiet_transformers
 
@@ -55,13 +63,45 @@ def save_result(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> S
     """
     run.model.eval()
     run.documents.lengths = None  # the probe is one document
-    lora = run.recipe.get(LoRA)
-    if run.recipe.get(Peft) is not None:
-        return _save_verified(folder / "adapter", "adapter", lambda place: _save_peft(run, place))
-    if lora is not None:
-        return _save_verified(folder / "adapter", "adapter", lambda place: _save_lora(run, lora, tokenizer, place))
+    parts = parts_of(run)
+    if parts:
+        return _save_verified(folder / "adapter", "adapter", lambda place: _save_parts(run, parts, tokenizer, place))
     _undo_padding(run)
     return _save_verified(folder / "model", "model", lambda place: _save_model(run, run.model, tokenizer, place))
+
+
+def save_cut(run: Run, rank: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Saved:
+    """Save the first `rank` ranks of what DyLoRA trained as an ordinary LoRA adapter; the run is used up.
+
+    Raises:
+        VerificationError: what was read again differs from what was trained.
+        StorageError: the disk is full or read-only.
+    """
+    method = cut_run(run, rank)
+    run.model.eval()
+    run.documents.lengths = None  # the probe is one document
+    parts = parts_of(run)
+    if len(parts) > 1:
+        raise InputError(f"This run trained {' and '.join(parts)} together; one rank of it is no adapter by itself.")
+    names = parts["lora"]
+    return _save_verified(folder, "adapter", lambda place: _save_lora(run, method, tokenizer, place, names))
+
+
+def cut_run(run: Run, rank: int) -> LoRA:
+    """Turn the DyLoRA layers of a run into LoRA layers of their first `rank` ranks; return the method that they are.
+
+    Raises:
+        InputError: the run did not train DyLoRA, or not so many ranks.
+    """
+    method = run.recipe.get(DyLoRA)
+    if method is None:
+        raise InputError("Only what 'dylora' trained can be cut to a rank; this run trained something else.")
+    if not 1 <= rank <= method.rank:
+        raise InputError(f"rank {rank}: this run trained the ranks 1 to {method.rank}.")
+    cut_dylora(run.model, rank)
+    layer = next(iter(lora_layers(run.model).values()))
+    shared = method.model_dump(include={"dropout", "target_modules", "exclude_modules", "modules_to_save"})
+    return LoRA(rank=rank, alpha=layer.scale * rank, layers_to_transform=method.layers_to_transform, **shared)
 
 
 def save_merged(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Saved:
@@ -82,7 +122,8 @@ def save_merged(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> S
         raise VerificationError(
             f"Merging changed the logits by {difference:.1e} (relative), more than rounding explains ({tolerance:.0e})."
         )
-    return _save_verified(folder, "model", lambda place: _save_model(run, merged, tokenizer, place))
+    save = _save_quantized if run.recipe.get(QALoRA) is not None else _save_model
+    return _save_verified(folder, "model", lambda place: save(run, merged, tokenizer, place))
 
 
 def _undo_padding(run: Run) -> None:
@@ -126,26 +167,63 @@ def _save_verified(folder: Path, kind: str, save: Callable[[Path], float]) -> Sa
     return Saved(kind, folder, difference)
 
 
-def _save_lora(run: Run, lora: LoRA, tokenizer: PreTrainedTokenizerBase, place: Path) -> float:
-    save_adapter(run.model, lora, place, locate(run.recipe.model.name))
+def _save_parts(run: Run, parts: dict[Part, list[str]], tokenizer: PreTrainedTokenizerBase, place: Path) -> float:
+    """Save each part, a single one in `place` itself."""
+    difference = 0.0
+    for part, names in parts.items():
+        folder = place if len(parts) == 1 else place / part
+        if part == "lora":
+            difference = max(difference, _save_lora(run, _low_rank_of(run), tokenizer, folder, names))
+        elif part == "parameters":
+            difference = max(difference, _save_parameters(run, tokenizer, folder, names))
+        else:
+            save_peft(run.model, folder)
+            _compare_tensors(folder)
+    return difference
+
+
+def _low_rank_of(run: Run) -> LowRank:
+    method = run.recipe.get(LowRank)
+    assert method is not None, "a part 'lora' has a method that made it"
+    return method
+
+
+def _save_parameters(run: Run, tokenizer: PreTrainedTokenizerBase, place: Path, names: list[str]) -> float:
+    model = base_model_of(run.model)
+    ids = {id(parameter) for name, parameter in run.trainable() if name in names}
+    inner = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
+    save_parameters(model, inner, run.recipe.get(BottleneckAdapter), place, locate(run.recipe.model.name))
     _save_tokenizer(tokenizer, place)
-    layers = lora_layers(run.model).values()
+    return _compare_after_reading(run, names, lambda: load_parameters(model, place))
+
+
+def _save_lora(run: Run, method: LowRank, tokenizer: PreTrainedTokenizerBase, place: Path, names: list[str]) -> float:
+    model = base_model_of(run.model)
+    save_adapter(model, method, place, locate(run.recipe.model.name))
+    _save_tokenizer(tokenizer, place)
+    layers = lora_layers(model).values()
     if not any(bool(layer.lora_B.weight.any()) for layer in layers):
         raise VerificationError("Every lora_B is zero: the adapter has learnt nothing (is the learning rate zero?).")
-    trained = {name: parameter.detach().clone() for name, parameter in run.trainable()}
+    if isinstance(method, LoRA) and method.init == "pissa":
+        return _compare_tensors(place)  # written as a LoRA of twice the rank, so it does not fit into these layers
+    return _compare_after_reading(run, names, lambda: load_adapter(model, place))
+
+
+def _compare_after_reading(run: Run, names: list[str], read: Callable[[], object]) -> float:
+    """Set the parameters `names` to zero, let `read` fill them, and compare them and the logits with what was there."""
+    parameters = {name: parameter for name, parameter in run.trainable() if name in set(names)}
+    trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     before_TV = probe_logits(run.model, run)
-    if lora.init == "pissa":  # written as a LoRA of twice the rank, so it does not fit into these layers
-        return _compare_tensors(place)
     with torch.no_grad():
-        for _, parameter in run.trainable():
+        for parameter in parameters.values():
             parameter.zero_()
     try:
-        load_adapter(run.model, place)
-        differing = [name for name, parameter in run.trainable() if not torch.equal(parameter, trained[name])]
+        read()
+        differing = [name for name, parameter in parameters.items() if not torch.equal(parameter, trained[name])]
         difference = relative_difference(probe_logits(run.model, run), before_TV)
     finally:
         with torch.no_grad():
-            for name, parameter in run.trainable():
+            for name, parameter in parameters.items():
                 parameter.copy_(trained[name])
     if differing or difference != 0.0:
         raise VerificationError(
@@ -163,11 +241,6 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
         raise OSError(errno.ENOSPC, str(error)) from error  # tokenizers 0.22 raises a bare Exception on a full disk
 
 
-def _save_peft(run: Run, place: Path) -> float:
-    save_peft(run.model, place)
-    return _compare_tensors(place)
-
-
 def _compare_tensors(place: Path) -> float:
     """Check that an adapter file can be read and holds something that is finite and not all zero."""
     try:
@@ -180,6 +253,24 @@ def _compare_tensors(place: Path) -> float:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise VerificationError("The saved adapter holds numbers that are not finite.")
     return 0.0
+
+
+def _save_quantized(run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, place: Path) -> float:
+    """Save a merged model that is still quantized."""
+    assert isinstance(model, PreTrainedModel)
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    save_quantized(model, place)
+    _save_tokenizer(tokenizer, place)
+    again = load_quantized(place).to(run.device)
+    again.set_attn_implementation("eager")
+    difference = relative_difference(probe_logits(again, run), probe_logits(model, run))
+    model.set_attn_implementation(implementation)
+    if difference > 0.0:
+        raise VerificationError(
+            f"The saved model's logits differ from the trained one's by {difference:.1e} (relative)."
+        )
+    return difference
 
 
 def _save_model(run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, place: Path) -> float:

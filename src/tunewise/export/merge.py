@@ -1,6 +1,7 @@
 """One model out of base and adapter: every LoRA layer becomes a plain linear layer that holds the update.
 
-A quantized base is merged into what its packed weights stand for (that is what was trained), and comes out dense.
+A quantized base is merged into what its packed weights stand for (that is what was trained), and comes out dense;
+only QA-LoRA's update fits into the base's own bits.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from torch import nn
 from tunewise.errors import InputError, MissingBackend
 from tunewise.layers.linear import PackedLinear
 from tunewise.layers.lora import LoRALinear
+from tunewise.methods.bottleneck import BottleneckAdapter
 from tunewise.methods.method import Run
 from tunewise.methods.peft import Peft
+from tunewise.methods.qalora import QALoRA
 
 
 def merge_adapters(run: Run) -> nn.Module:
@@ -20,6 +23,8 @@ def merge_adapters(run: Run) -> nn.Module:
     Raises:
         InputError: the adapter is of a kind that has no merged form (prompts, for example).
     """
+    if run.recipe.get(BottleneckAdapter) is not None:
+        raise InputError("Bottleneck adapters have no merged form: they are not linear. Export the adapter.")
     peft_method = run.recipe.get(Peft)
     if peft_method is not None:
         return _merge_peft(run, peft_method)
@@ -28,6 +33,8 @@ def merge_adapters(run: Run) -> nn.Module:
     for name, module in list(run.model.named_modules()):
         if isinstance(module, LoRALinear):
             run.model.set_submodule(name, module.merge(run.storage_dtype))
+    if run.recipe.get(QALoRA) is not None:  # the update fits into the base's bits
+        return run.model
     for name, module in list(run.model.named_modules()):
         if isinstance(module, PackedLinear):
             run.model.set_submodule(name, module.to_dense(run.storage_dtype))

@@ -104,10 +104,9 @@ class LoRALinear(nn.Module):
                 self.scale,
                 self.dropout if drops else 0.0,
             )
-        output: Tensor = _LoRALinearFunction.apply(
-            input, self.lora_A.weight, self.lora_B.weight, self.base_layer, self.scale, self.in_place
+        return lora_linear(
+            input, self.base_layer, self.lora_A.weight, self.lora_B.weight, self.scale, in_place=self.in_place
         )
-        return output
 
     @torch.no_grad()
     def initialize(self, init: LoraInit, generator: torch.Generator | None = None) -> None:
@@ -228,6 +227,22 @@ def lora_linear_reference(
     dropped = dropped.to(output.dtype)
     low = functional.linear(dropped, lora_A_RI.to(output.dtype))
     return output + scale * functional.linear(low, lora_B_OR.to(output.dtype))
+
+
+def lora_linear(
+    input: Tensor, base_layer: nn.Module, lora_A_RI: Tensor, lora_B_OR: Tensor, scale: float, *, in_place: bool
+) -> Tensor:
+    """Compute what `lora_linear_reference` does by the fast path; the base layer must be frozen.
+
+    Args:
+        input: (..., in_features).
+        base_layer: a linear layer of any kind.
+        lora_A_RI, lora_B_OR: the factors.
+        scale: of the update.
+        in_place: whether the update is added into the base layer's output.
+    """
+    output: Tensor = _LoRALinearFunction.apply(input, lora_A_RI, lora_B_OR, base_layer, scale, in_place)
+    return output
 
 
 class _LoRALinearFunction(torch.autograd.Function):

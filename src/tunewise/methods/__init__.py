@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from tunewise.methods.attention import Attention
+from tunewise.methods.bottleneck import BottleneckAdapter
 from tunewise.methods.checkpointing import Checkpointing
 from tunewise.methods.defaults import complete
+from tunewise.methods.dylora import DyLoRA
 from tunewise.methods.fp8_lm import FP8LM
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.initialization import Initialize
 from tunewise.methods.lean_optimizers import AdamMini, AdamW4bit, Apollo
 from tunewise.methods.lora import LoRA
+from tunewise.methods.lora_variants import DoRA, LoRAFA
 from tunewise.methods.loss import SupervisedLoss, WholeLoss
 from tunewise.methods.method import Run
 from tunewise.methods.offload import OffloadActivations
@@ -28,6 +31,7 @@ from tunewise.methods.packing import Packing
 from tunewise.methods.padding import Pad
 from tunewise.methods.peft import Peft
 from tunewise.methods.precision import Precision
+from tunewise.methods.qalora import QALoRA
 from tunewise.methods.quantization import Quantize
 from tunewise.methods.streaming import Stream
 from tunewise.recipe import Method
@@ -39,6 +43,11 @@ ALL: tuple[type[Method], ...] = (
     Quantize,
     Freeze,
     LoRA,
+    DoRA,
+    LoRAFA,
+    DyLoRA,
+    QALoRA,
+    BottleneckAdapter,
     Peft,
     Precision,
     Attention,
@@ -79,17 +88,22 @@ __all__ = [
     "AdamW8bit",
     "Apollo",
     "Attention",
+    "BottleneckAdapter",
     "Checkpointing",
+    "DoRA",
+    "DyLoRA",
     "Freeze",
     "Initialize",
     "Lion",
     "LoRA",
+    "LoRAFA",
     "OffloadActivations",
     "Packing",
     "Pad",
     "PagedAdamW8bit",
     "Peft",
     "Precision",
+    "QALoRA",
     "Quantize",
     "RMSProp",
     "Run",

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tunewise.layers.initialization import InitKind, initialize
 from tunewise.layers.linear import linear_layers, weight_of
-from tunewise.methods.lora import derived_seed
+from tunewise.methods.low_rank import derived_seed
 from tunewise.methods.method import Run
 from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
 

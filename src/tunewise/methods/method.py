@@ -30,6 +30,25 @@ class Loss(Protocol):
         """Return the sum over `batch`."""
 
 
+class Companion(Protocol):
+    """What a method changes from step to step (a drawn rank, a budget of ranks), and what of it a checkpoint keeps."""
+
+    def begin_step(self, step: int, num_steps: int | None) -> None:
+        """Prepare step number `step`, counted from 0, of `num_steps`; None: nobody knows (a measurement, a dry run).
+
+        May be called again for the same step: after running out of memory, or after a resumption.
+        """
+
+    def after_update(self) -> None:
+        """Look at the step's gradients once the optimizer has used them."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the next step depends on; empty where everything follows from the step's number."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+
+
 @dataclass
 class Run:
     """Model, layout, loss, optimizer: everything that one global step needs.
@@ -50,6 +69,10 @@ class Run:
         streamer: keeps the blocks' frozen weights elsewhere until they are needed, or None.
         undo_padding: gives a padded vocabulary its own size again, before the model is saved; None: nothing is padded.
         update_in_backward: whether the optimizer updates each parameter as soon as its gradient is there.
+        original_weights: weights before quantization, (out, in), by layer, where a method starts from what quantization
+            has lost; it takes them out.
+        companions: what changes from step to step, by the name of the method that changes it.
+        penalties: terms that are added to the loss of a step, once a step, and not reported as its loss.
         is_dry: True when the tensors are fake: methods must not read values.
         notes: what methods have to say to the user ("LoRA on 28 linear layers").
     """
@@ -69,6 +92,9 @@ class Run:
     streamer: Streamer | None = None
     undo_padding: Callable[[], None] | None = None
     update_in_backward: bool = False
+    original_weights: dict[str, Tensor] = field(default_factory=dict)
+    companions: dict[str, Companion] = field(default_factory=dict)
+    penalties: list[Callable[[], Tensor]] = field(default_factory=list)
     is_dry: bool = False
     notes: list[str] = field(default_factory=list)
 

@@ -43,6 +43,9 @@ class Pad(Method):
             return "pad.length is for unpacked rows; set packing.pad_to instead and leave pad.length out"
         if any(method.name == "peft" for method in recipe.methods or ()):
             return "pad changes the sizes of our own layers, not of peft's; leave pad out"
+        nested = next((method.name for method in recipe.methods or () if method.name in ("dylora", "qalora")), None)
+        if self.rank is not None and nested is not None:
+            return f"pad.rank would add ranks that {nested} draws or shapes in its own way; set pad.rank to null"
         return None
 
     def apply(self, run: Run) -> None:

@@ -8,6 +8,7 @@ methods' papers and options. Importing it takes seconds, so nothing here does be
 from __future__ import annotations
 
 import dataclasses
+import sys
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -18,9 +19,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from tunewise.errors import Conflict, InputError, MissingBackend, did_you_mean
 from tunewise.methods import full_masks
+from tunewise.methods.adalora import RankBudget
 from tunewise.methods.freezing import Freeze
-from tunewise.methods.lora import LoRA, derived_seed
+from tunewise.methods.low_rank import LowRank, derived_seed
 from tunewise.methods.method import Run
+from tunewise.methods.precision import Precision
 from tunewise.methods.quantization import Quantize
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
 from tunewise.units import format_count
@@ -32,7 +35,6 @@ PROMPT_LEARNING = frozenset(
 
 REFUSED = {
     "LORA": "is built in: use the method 'lora'",
-    "ADALORA": "redistributes ranks after every step and adds a term to the loss, which our step does not",
     "CPT": "weighs the loss of its context tokens itself, which our step does not",
     "MULTITASK_PROMPT_TUNING": "needs the number of a task with every row, which the data do not have",
     "POLY": "needs the number of a task with every row, which the data do not have",
@@ -62,6 +64,7 @@ class Peft(Method):
 
     name: ClassVar[str] = "peft"
     slot: ClassVar[Slot] = Slot.ADAPTER
+    place: ClassVar[int] = 3
     fidelity: ClassVar[Fidelity] = Fidelity.LEARNING
 
     kind: str
@@ -86,11 +89,19 @@ class Peft(Method):
         """Kinds that the step cannot compute; a second adapter; weights that the library cannot reach."""
         if self.kind in REFUSED:
             return f"peft's {self.kind} {REFUSED[self.kind]}"
-        if recipe.get(LoRA) is not None:
-            return "'peft' and 'lora' are two adapters for the same model; leave one out"
+        inside = next((method.name for method in recipe.methods or () if getattr(method, "in_backward", False)), None)
+        if self.kind == "ADALORA" and inside is not None:
+            return f"peft's ADALORA looks at all gradients after an update; switch {inside}.in_backward off"
+        if self.kind == "ADALORA" and any(method.name == "fp8_lm" for method in recipe.methods or ()):
+            return "peft's ADALORA looks at the gradients, which fp8_lm keeps in 8 bits; use another optimizer"
+        if self.is_prompt_learning:  # beside the model, so it goes with everything inside it
+            return None
+        low_rank = recipe.get(LowRank)
+        if low_rank is not None:
+            return f"'peft' and '{low_rank.name}' are two adapters for the same model; leave one out"
         if recipe.get(Freeze) is not None:
             return "what 'freeze' trains would not be in peft's files; use its option modules_to_save instead"
-        if recipe.get(Quantize) is not None and not self.is_prompt_learning and self.kind != "LN_TUNING":
+        if recipe.get(Quantize) is not None and self.kind != "LN_TUNING":
             return f"peft's {self.kind} cannot wrap quantized layers; leave 'quantize' out, or use 'lora'"
         return None
 
@@ -109,6 +120,7 @@ class Peft(Method):
         except ImportError:
             raise MissingBackend("peft", f"the method 'peft' with kind {self.kind}", "peft") from None
         config = self._config(peft)
+        before = {id(parameter): name for name, parameter in run.trainable()}
         has_full_masks = run.is_dry and self.kind in full_masks.KINDS
         with torch.random.fork_rng(), full_masks.FullMasks() if has_full_masks else nullcontext():
             torch.manual_seed(derived_seed(run.recipe.seed, f"peft:{self.kind}"))
@@ -119,11 +131,26 @@ class Peft(Method):
             except (ValueError, TypeError, NotImplementedError, ImportError) as error:
                 raise InputError(f"peft: {self.kind} does not fit this model: {error}") from error
         assert isinstance(model, nn.Module)
+        self._restore_others(run, model, before)
         if has_full_masks:
             full_masks.answer_in_forward(model)
         run.model = model
+        if self.kind == "ADALORA":
+            budget = RankBudget(model, self.options.get("total_step"), _has_scaled_loss(run.recipe))
+            run.companions[self.name] = budget
+            run.penalties.append(budget.penalty)
         trainable = sum(parameter.numel() for _, parameter in run.trainable())
         run.say(f"peft's {self.kind}: {format_count(trainable)} trainable parameters")
+
+    @staticmethod
+    def _restore_others(run: Run, model: nn.Module, before: dict[int, str]) -> None:
+        """Let go on learning what other methods train: the library freezes the model, and its wrapper renames it."""
+        for name, parameter in model.named_parameters():
+            if id(parameter) in before:
+                parameter.requires_grad_(True)
+                factor = run.learning_rate_factors.pop(before[id(parameter)], None)
+                if factor is not None:
+                    run.learning_rate_factors[name] = factor
 
     def _not_dry(self, reason: str) -> Conflict:
         return Conflict(f"peft's {self.kind} {reason}, so there is no dry run of it; measure it instead.")
@@ -142,7 +169,14 @@ class Peft(Method):
                 raise InputError(f"peft: {self.kind} has no option '{option}'.{hint}")
         if self.options.get("use_asa"):
             raise InputError("peft: 'use_asa' reallocates ranks after every step, which our step does not.")
+        # The library wants to know how long training is before anybody does; `RankBudget` tells it when it begins.
+        length = {"total_step": sys.maxsize} if self.kind == "ADALORA" and not self.options.get("total_step") else {}
         try:
-            return make(task_type="CAUSAL_LM", **self.options)
+            return make(task_type="CAUSAL_LM", **{**self.options, **length})
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"peft: the options of {self.kind} are not valid: {error}") from error
+
+
+def _has_scaled_loss(recipe: Recipe) -> bool:
+    precision = recipe.get(Precision)
+    return precision is not None and precision.compute == "fp16"

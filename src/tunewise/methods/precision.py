@@ -155,6 +155,6 @@ def _trains_outside_lora(model: nn.Module) -> bool:
         id(parameter)
         for module in model.modules()
         if isinstance(module, LoRALinear)
-        for parameter in (module.lora_A.weight, module.lora_B.weight)
+        for parameter in (module.lora_A.weight, module.lora_B.weight, *module.parameters(recurse=False))
     }
     return any(parameter.requires_grad and id(parameter) not in factors for parameter in model.parameters())

@@ -12,8 +12,10 @@ from pydantic import model_validator
 from torch import nn
 
 from tunewise.errors import Conflict
+from tunewise.layers.group_quantized import GROUP_KINDS, GroupKind, GroupQuantizedLinear
 from tunewise.layers.linear import is_tied, linear_layers, output_head, stacked_experts, weight_of
-from tunewise.layers.quantized import QuantKind, quantize_linear
+from tunewise.layers.quantized import QuantizedLinear, QuantKind, quantize_linear
+from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
 from tunewise.methods.naming import select
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
@@ -27,9 +29,11 @@ class Quantize(Method):
     """Pack the linear layers' weights; they are unpacked for every use and never trained.
 
     Attributes:
-        kind: "nf4" or "fp4" (bitsandbytes), or "int8" (weight only, one scale a row; needs no library).
-        double_quant: whether the scales of 4-bit blocks are stored in 8 bits; None means yes. Not for int8.
-        block_size: weights that share a scale in the 4-bit kinds; None means 64. Not for int8.
+        kind: "nf4" or "fp4" (bitsandbytes), "int8" (weight only, one scale a row; needs no library), or "int4",
+            "int3", "int2" (a scale and an offset for each group of inputs; needs no library; with 'qalora' the merged
+            model keeps these bits).
+        double_quant: whether the scales of 4-bit blocks are stored in 8 bits; None means yes. For nf4 and fp4.
+        block_size: weights that share a scale; None means 64, and 32 for int4, int3 and int2. Not for int8.
         skip_modules: name endings of layers that keep their precision; "lm_head" means the output head.
     """
 
@@ -37,7 +41,7 @@ class Quantize(Method):
     slot: ClassVar[Slot] = Slot.WEIGHTS
     fidelity: ClassVar[Fidelity] = Fidelity.LEARNING
 
-    kind: QuantKind = "nf4"
+    kind: QuantKind | GroupKind = "nf4"
     double_quant: bool | None = None
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = None
     skip_modules: tuple[str, ...] = (HEAD,)
@@ -46,6 +50,8 @@ class Quantize(Method):
     def _options_of_the_kind(self) -> Self:
         if self.kind == "int8" and (self.double_quant is not None or self.block_size is not None):
             raise ValueError("'double_quant' and 'block_size' belong to nf4 and fp4; int8 has one scale a row")
+        if self.kind in GROUP_KINDS and self.double_quant is not None:
+            raise ValueError(f"'double_quant' belongs to nf4 and fp4; {self.kind} keeps its scales as they are")
         return self
 
     def conflict(self, recipe: Recipe) -> str | None:
@@ -63,11 +69,15 @@ class Quantize(Method):
             MissingBackend: nf4 or fp4 without bitsandbytes.
         """
         layers = self._targets(run.model)
+        low_rank = run.recipe.get(LowRank)
+        is_needed = low_rank is not None and low_rank.needs_original_weights
         before = after = 0
         for name, layer in layers.items():
-            packed = quantize_linear(layer, self.kind, self.block_size or 64, self.double_quant is not False)
+            packed = self._pack(layer)
             packed.train(layer.training)
             weight = weight_of(layer)
+            if is_needed:
+                run.original_weights[name] = weight.detach()
             before += weight.numel() * weight.element_size()
             after += packed.stored_bytes
             run.model.set_submodule(name, packed)
@@ -81,6 +91,11 @@ class Quantize(Method):
                 f"experts in stacked tensors such as {next(iter(stacked))} are no linear layers and keep "
                 f"their precision: {format_bytes(size)}"
             )
+
+    def _pack(self, layer: nn.Module) -> QuantizedLinear:
+        if self.kind == "int4" or self.kind == "int3" or self.kind == "int2":
+            return GroupQuantizedLinear(layer, self.kind, self.block_size or 32)
+        return quantize_linear(layer, self.kind, self.block_size or 64, self.double_quant is not False)
 
     def _targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the layers to pack, in the model's order."""

@@ -45,8 +45,8 @@ class Stream(Method):
         checkpointing, lora = recipe.get(Checkpointing), recipe.get(LoRA)
         if lora is None or len(recipe.in_slot(Slot.ADAPTER)) > 1:
             return "stream keeps the blocks' weights elsewhere, so only adapters beside them can learn; use lora, alone"
-        if lora.init == "pissa":
-            return "lora's init 'pissa' changes the base weights, which stream keeps elsewhere; use init 'kaiming'"
+        if lora.init in ("pissa", "loftq"):
+            return f"lora's init '{lora.init}' reads the base weights, which stream keeps elsewhere; use init 'kaiming'"
         if checkpointing is None or checkpointing.every != 1:
             return (
                 "stream lets a block's weights go after its forward pass, so every block must be computed again in "

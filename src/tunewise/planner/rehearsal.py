@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from tunewise.engine.build import build
 from tunewise.engine.extension import shallow, shallow_depths
 from tunewise.engine.step import (
+    begin_step,
     clipped_norm,
     gradients,
     parameter_groups,
@@ -172,11 +173,12 @@ class _Timed:
     def step(self) -> float:
         """Do a step of the chosen micro-batches and return the seconds of one with all of them."""
         started = self._now()
+        begin_step(self.run, 0)
         gradients(self.run, iter(self.batches), self.num_supervised, self.scaler)
         learnt = self._now()
         if not self.run.update_in_backward:
             clipped_norm(self.run, self.optimizer, self.scaler)
-            update(self.optimizer, self.scaler)
+            update(self.run, self.optimizer, self.scaler)
         return (learnt - started) * self.scale + self._now() - learnt
 
     def _now(self) -> float:

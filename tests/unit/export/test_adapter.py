@@ -223,7 +223,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
         (lambda folder: (folder / CONFIG).write_text("[]"), "peft_type is None"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"nonsense"), "damaged"),
         (edit_config(peft_type="IA3"), "peft_type is 'IA3'"),
-        (edit_config(use_dora=True), "'use_dora' is set"),
+        (edit_config(use_dora=True), "needs a lora_magnitude_vector"),
         (edit_config(init_lora_weights="olora"), "init_lora_weights 'olora'"),
         (edit_tensors(lambda tensors: tensors.pop(FIRST)), "one of the two factors"),
         (edit_tensors(lambda tensors: tensors.clear()), "no LoRA factor"),

@@ -18,7 +18,7 @@ from tests.unit.random_recipes import recipes
 from tunewise.errors import InputError
 from tunewise.export.peers import PEERS, Facts, PeerConfig, peer_config
 from tunewise.export.peers.ledger import Ledger, settings_of
-from tunewise.methods import ALL, complete
+from tunewise.methods import ALL, BY_NAME, complete
 from tunewise.methods.compatibility import conflicts
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.recipe import DataSpec, Fidelity, Method, Recipe, Slot
@@ -40,6 +40,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "stream": {**LORA, "checkpointing": {}, "stream": {"source": "host"}},
     "offload_activations": {**LORA, "offload_activations": {"to": "host"}},
     "fp8_lm": {"precision": {"compute": "bf16", "trainable": "same"}, "fp8_lm": {}},
+    "qalora": {"qalora": {}, "quantize": {"kind": "int4"}},
 }
 """Methods that need options, or that stand for the adapter themselves."""
 
@@ -72,12 +73,13 @@ def named(recipe: Recipe, peer: str, **facts: Any) -> dict[str, str]:
 def test_every_method_is_written_or_named(method: str, peer: str) -> None:
     """`peer_config` itself fails when a setting is neither; adapters without counterpart are refused by name."""
     model = {"name": "owner/llama", "weights": "random" if method == "initialize" else "pretrained"}
-    recipe = completed(ALONE.get(method, {**({} if method == "lora" else LORA), method: {}}), model=model)
+    is_adapter = BY_NAME[method].slot == Slot.ADAPTER
+    recipe = completed(ALONE.get(method, {**({} if is_adapter else LORA), method: {}}), model=model)
     if method == "initialize" and peer == "torchtune":
         with pytest.raises(InputError, match="they draw none"):
             exported(recipe, peer)
         return
-    if method == "peft" or (method == "freeze" and peer != "axolotl"):
+    if is_adapter and method != "lora" and not (method == "freeze" and peer == "axolotl"):
         with pytest.raises(InputError, match=f"no counterpart for '{method}'"):
             exported(recipe, peer)
         return

@@ -95,7 +95,7 @@ def test_zeros_stay_zeros_and_the_model_gets_its_size_back(optimizer: Method) ->
             batches = [run.layout.build(part, corpus()) for part in rows]
             gradients(run, batches, int(corpus().num_supervised.sum()), scaler)
             clipped_norm(run, built, scaler)
-            update(built, scaler)
+            update(run, built, scaler)
         if run.undo_padding is not None:
             assert run.model.get_output_embeddings().weight.shape == (128, 64)  # type: ignore[operator]
             assert not bool(run.model.get_output_embeddings().weight[97:].any())  # type: ignore[operator]

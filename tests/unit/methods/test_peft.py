@@ -25,6 +25,7 @@ peft = pytest.importorskip("peft")
 
 # Options that the kind needs, or whose defaults are too large for layers of 32 features.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "ADALORA": {},
     "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
     "BEFT": {},
     "BOFT": {"boft_block_size": 4},
@@ -68,7 +69,7 @@ NEEDS_SKLEARN = {"ADAMSS"}
 
 def test_every_kind_of_the_library_is_offered_or_refused() -> None:
     assert set(OPTIONS) | set(REFUSED) | NEEDS_SKLEARN == {kind.value for kind in peft.PeftType}
-    assert len(OPTIONS) == 37
+    assert len(OPTIONS) == 38
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

@@ -6,23 +6,32 @@ import re
 
 from tunewise.errors import InputError
 from tunewise.export.peers.ledger import Ledger
-from tunewise.methods import LoRA
-from tunewise.methods.lora import ALL_LINEAR
-from tunewise.recipe import Recipe
+from tunewise.layers.group_quantized import GROUP_KINDS
+from tunewise.methods import ALL, LoRA, Quantize
+from tunewise.methods.low_rank import ALL_LINEAR
+from tunewise.recipe import Recipe, Slot
+
+ADAPTERS = tuple(method.name for method in ALL if method.slot == Slot.ADAPTER and method is not LoRA)
 
 
 def refuse_other_adapters(ledger: Ledger, recipe: Recipe, *known: str) -> None:
     """Refuse adapters that the tool has not got: without them its file would train something else entirely.
 
     Raises:
-        InputError: the recipe has 'freeze' or 'peft', and it is not among `known`.
+        InputError: the recipe has an adapter other than 'lora', and it is not among `known`; or quantizes in groups.
     """
-    for name in ("freeze", "peft"):
+    for name in ADAPTERS:
         if ledger.has(name) and name not in known:
             raise InputError(
                 f"export: {ledger.peer} has no counterpart for '{name}', and without it the file would train all "
                 f"weights. Use 'lora', or train with tunewise."
             )
+    quantize = recipe.get(Quantize)
+    if quantize is not None and quantize.kind in GROUP_KINDS:
+        raise InputError(
+            f"export: {ledger.peer} cannot quantize to {quantize.kind} with an offset for each group. Use kind nf4, or "
+            "train with tunewise."
+        )
 
 
 def integer_alpha(ledger: Ledger, lora: LoRA, name: str) -> int:

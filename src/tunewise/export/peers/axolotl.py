@@ -181,7 +181,9 @@ def _adapter(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     }
     if lora.layers_to_transform is not None:
         written["peft_layers_to_transform"] = list(lora.layers_to_transform)
-    if ledger.take("lora.init", "peft_init_lora_weights") != "kaiming":
+    if lora.init == "loftq":
+        ledger.miss("lora.init", "axolotl's LoftQ quantizes the base itself, in another way; written as plain LoRA")
+    elif ledger.take("lora.init", "peft_init_lora_weights") != "kaiming":
         written["peft_init_lora_weights"] = lora.init
     if ledger.take("lora.lora_plus_ratio", "loraplus_lr_ratio") is not None:
         written["loraplus_lr_ratio"] = lora.lora_plus_ratio
