@@ -17,6 +17,8 @@ PARTINGS = {
     "methods/attention.py apply": 2,
     # The largest rank needs most; a dry run draws none.
     "methods/dylora.py apply": 1,
+    # Kernels are compiled, and modules proved to be what they are replaced by, by comparing values.
+    "methods/fused.py apply": 2,
     # The head is proved to be what we take it for by comparing values.
     "methods/loss.py apply": 1,
     # CUDA's paged memory cannot be fake.

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 from tunewise.engine.build import build
 from tunewise.engine.step import gradients
+from tunewise.layers import native
 from tunewise.methods import (
     Attention,
     BottleneckAdapter,
@@ -25,6 +26,7 @@ from tunewise.methods import (
     DoRA,
     DyLoRA,
     Freeze,
+    Fused,
     LoRA,
     LoRAFA,
     OffloadActivations,
@@ -78,6 +80,7 @@ SAME: dict[str, Method] = {
     "supervised loss": SupervisedLoss(),
     "chunked loss": SupervisedLoss(chunk_tokens=5),
     "activations on disk": OffloadActivations(min_bytes=1),
+    "fused": Fused(),
 }
 SPLITS = (1, 2, 3)
 PLAIN: tuple[Method, ...] = (Attention(kind="eager"), WholeLoss(), Precision(compute="fp32"))
@@ -147,6 +150,8 @@ def assert_same(found: Gradients, expected: Gradients, tolerance: float) -> None
 
 @pytest.mark.parametrize(("problem", "combination"), CASES, ids=[f"{p}-{'+'.join(c)}" for p, c in CASES])
 def test_methods_alone_and_in_pairs(problem: str, combination: tuple[str, ...]) -> None:
+    if "fused" in combination and native.compiler() is None:
+        pytest.skip("no C++ compiler for the fused kernels")
     methods = (*PROBLEMS[problem], *(SAME[name] for name in combination))
     assert all(SAME[name].fidelity in (Fidelity.EXACT, Fidelity.ROUNDING) for name in combination)
     split = SPLITS[CASES.index((problem, combination)) % len(SPLITS)]
@@ -187,5 +192,5 @@ def test_checkpointing_is_bit_equal(problem: str) -> None:
 
 def test_the_number_of_cases_does_not_fall() -> None:
     assert len(PROBLEMS) == 13
-    assert len(COMBINATIONS) == 9 + 31
-    assert len(CASES) == 520
+    assert len(COMBINATIONS) == 10 + 40
+    assert len(CASES) == 650

@@ -18,6 +18,7 @@ from tunewise.machine.machine import Machine
 from tunewise.methods import (
     Attention,
     Checkpointing,
+    Fused,
     LoRA,
     Packing,
     Precision,
@@ -29,7 +30,7 @@ from tunewise.methods.attention import default_attention_kind
 from tunewise.methods.compatibility import conflicts
 from tunewise.methods.defaults import DEFAULT_MICRO_BATCH_SIZE
 from tunewise.planner.predict import Predictor
-from tunewise.planner.space import BF16, FP16, FP32, FULL, KEPT, PADDED, WHOLE, Axis, Choice, Option
+from tunewise.planner.space import BF16, FP16, FP32, FULL, KEPT, PADDED, PLAIN_KERNELS, WHOLE, Axis, Choice, Option
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
 
 ACCUMULATION = "accumulation"
@@ -158,6 +159,7 @@ class FactorSpace:
             "supervised loss": "supervised_loss" in names,
             "attention": (a := self.base.get(Attention)) is not None and a.kind not in ("sdpa", "eager"),
             "checkpointing": "checkpointing" in names,
+            "fused": "fused" in names,
             "lora": "lora" in names,
             ACCUMULATION: True,
         }
@@ -174,6 +176,7 @@ def factor_space(base: Recipe, config: PretrainedConfig, machine: Machine, predi
         *_packing(base, predictor),
         *_loss(base),
         *_attention(base, config),
+        *_kernels(base),
         *_accumulation(base, predictor),
         *_checkpointing(base),
         *_tuning(base),
@@ -264,6 +267,16 @@ def _attention(base: Recipe, config: PretrainedConfig) -> list[Switch]:
     off, on = (Option(f"attention {name}", (Attention(kind=name),)) for name in ("sdpa", "per_document"))
     words = ("over the row, with a mask", "per document")
     return [_switch("attention", "attention", off, on, words, Fidelity.ROUNDING)]
+
+
+def _kernels(base: Recipe) -> list[Switch]:
+    """A recipe without the compiled kernels is not given them: they need a compiler."""
+    fused = base.get(Fused)
+    if fused is None:
+        return []
+    on = Option("fused kernels", (fused,), fidelity=Fidelity.ROUNDING)
+    words = (PLAIN_KERNELS.label, "compiled, in fewer passes")
+    return [_switch("fused", "kernels", PLAIN_KERNELS, on, words, Fidelity.ROUNDING)]
 
 
 def _accumulation(base: Recipe, predictor: Predictor) -> list[Switch]:

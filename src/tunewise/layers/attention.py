@@ -49,7 +49,7 @@ _VARLEN_OPTIONS = {"scale", "window_size", "enable_gqa"} <= set(inspect.signatur
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
+class Plan:
     """Where the documents of one micro-batch go.
 
     Attributes:
@@ -58,6 +58,9 @@ class _Plan:
             repeats its document's first token, which causality hides from all real ones.
         scatter_index: int64, the slot of each position of the flattened rows; P for the padding behind a
             row's documents.
+        token: int64, the same as `gather_index`, but -1 for a padding slot.
+        start: int64, of each slot: the first slot of its document.
+        length: int64, of each slot: how many slots its document has.
         boundaries: int32, where documents (and the padding behind them) begin in the flattened rows, and
             their end.
         longest: the largest distance between boundaries.
@@ -66,8 +69,15 @@ class _Plan:
     buckets: tuple[tuple[int, int], ...]
     gather_index: Tensor
     scatter_index: Tensor
+    token: Tensor
+    start: Tensor
+    length: Tensor
     boundaries: Tensor
     longest: int
+
+
+DocumentKernels = Callable[..., Tensor]
+"""Query, key and value (T, heads * D), plan, (heads, key heads, D), scale, window -> (T, heads * D)."""
 
 
 @dataclass
@@ -80,18 +90,24 @@ class DocumentLayout:
     Attributes:
         lengths: for each row the lengths of its documents from the left; the rest of the row is padding.
             None: each row is one document.
+        kernels: computes attention per document in the compiled kernels (`products`), where a method has set it.
         mask_dtype: for the few models that make no block-diagonal mask of restarting positions: the dtype of
             the one they are given, bool (True: visible) or float (added to the scores). None: they are given
             none.
     """
 
     lengths: tuple[tuple[int, ...], ...] | None = None
+    kernels: DocumentKernels | None = None
     mask_dtype: torch.dtype | None = None
-    _cached: tuple[object, _Plan] | None = field(default=None, init=False, repr=False, compare=False)
+    _cached: tuple[object, Plan] | None = field(default=None, init=False, repr=False, compare=False)
 
     def is_one_document_a_row(self) -> bool:
         """Say whether no row holds more than one document."""
         return self.lengths is None or all(len(row) == 1 for row in self.lengths)
+
+    def is_for(self, rows: int, width: int) -> bool:
+        """Say whether these are the lengths of a micro-batch of `rows` rows of `width` positions."""
+        return self.lengths is None or (len(self.lengths) == rows and all(sum(row) <= width for row in self.lengths))
 
     def mask(self, input_ids_RL: Tensor) -> Tensor | None:
         """Return the block-diagonal causal mask, (R, 1, L, L), or None where the model needs none."""
@@ -110,13 +126,12 @@ class DocumentLayout:
         lowest = torch.finfo(self.mask_dtype).min
         return torch.zeros_like(visible_R1LL, dtype=self.mask_dtype).masked_fill(~visible_R1LL, lowest)
 
-    def plan(self, query_RHLD: Tensor) -> _Plan:
-        """Return the plan for rows of this query's size, made once a micro-batch."""
-        assert self.lengths is not None
-        rows, _, width, _ = query_RHLD.shape
-        key = (self.lengths, rows, width, query_RHLD.device, isinstance(query_RHLD, FakeTensor))
+    def plan(self, like: Tensor, rows: int, width: int) -> Plan:
+        """Return the plan for `rows` rows of `width` positions where `like` lies, made once a micro-batch."""
+        lengths = self.lengths if self.lengths is not None else ((width,),) * rows
+        key = (lengths, rows, width, like.device, isinstance(like, FakeTensor))
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, _make_plan(self.lengths, width, query_RHLD.device))
+            self._cached = (key, _make_plan(lengths, width, like.device))
         return self._cached[1]
 
 
@@ -149,9 +164,16 @@ def per_document_attention(layout: DocumentLayout, use_varlen: bool = False) -> 
         """
         _check(module, query_RHLD, key_RHLD, attention_mask, kwargs, layout)
         options = _Options(dropout, scaling, sliding_window, softcap)
+        rows, heads, width, size = query_RHLD.shape
+        if layout.kernels is not None and options.kernels_can(query_RHLD, key_RHLD, value_RHLD):
+            plan = layout.plan(query_RHLD, rows, width)
+            flat = (_flat(part).flatten(1) for part in (query_RHLD, key_RHLD, value_RHLD))
+            scale = size**-0.5 if scaling is None else scaling
+            output_TX = layout.kernels(*flat, plan, (heads, key_RHLD.shape[1], size), scale, sliding_window or 0)
+            return output_TX.view(rows, width, heads, size), None
         if layout.is_one_document_a_row():
             return options.attend(query_RHLD, key_RHLD, value_RHLD).transpose(1, 2).contiguous(), None
-        plan = layout.plan(query_RHLD)
+        plan = layout.plan(query_RHLD, rows, width)
         if use_varlen and options.varlen_can(query_RHLD, key_RHLD, value_RHLD):
             return _varlen(plan, options, query_RHLD, key_RHLD, value_RHLD), None
         return _bucketed(plan, options, query_RHLD, key_RHLD, value_RHLD), None
@@ -203,6 +225,12 @@ class _Options:
         weights_BHLL = F.softmax(scores_BHLL, dim=-1, dtype=torch.float32).to(value_BHLD.dtype)
         return F.dropout(weights_BHLL, self.dropout) @ value_BHLD
 
+    def kernels_can(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Say whether the compiled kernels compute what is asked: on the CPU, in fp32 or bf16, without extras."""
+        same = query.dtype == key.dtype == value.dtype and query.dtype in (torch.float32, torch.bfloat16)
+        is_plain = self.dropout == 0.0 and self.softcap is None and value.shape[-1] == query.shape[-1]
+        return same and is_plain and query.device.type == "cpu"
+
     def varlen_can(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Say whether the variable-length flash kernel computes what is asked."""
         size = query.shape[-1]
@@ -249,7 +277,7 @@ def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
     return visible_LL if window is None else visible_LL.triu(1 - window)
 
 
-def _bucketed(plan: _Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor) -> Tensor:
+def _bucketed(plan: Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor) -> Tensor:
     rows, heads, width, _ = query_RHLD.shape
     sizes = [count * length for count, length in plan.buckets]
     gathered = [
@@ -266,7 +294,7 @@ def _bucketed(plan: _Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tens
     return output_THD.view(rows, width, *output_THD.shape[1:])
 
 
-def _varlen(plan: _Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor) -> Tensor:
+def _varlen(plan: Plan, options: _Options, query_RHLD: Tensor, key_RHLD: Tensor, value_RHLD: Tensor) -> Tensor:
     rows, heads, width, _ = query_RHLD.shape
     is_cut = options.window is not None and plan.longest > options.window
     output_THD = varlen_attn(
@@ -289,7 +317,7 @@ def _flat(part_RHLD: Tensor) -> Tensor:
     return part_RHLD.transpose(1, 2).flatten(0, 1)
 
 
-def _make_plan(lengths: Sequence[Sequence[int]], width: int, device: torch.device) -> _Plan:
+def _make_plan(lengths: Sequence[Sequence[int]], width: int, device: torch.device) -> Plan:
     documents: list[tuple[int, int]] = []  # (length, first position in the flattened rows)
     pieces: list[int] = []
     for row, row_lengths in enumerate(lengths):
@@ -300,6 +328,8 @@ def _make_plan(lengths: Sequence[Sequence[int]], width: int, device: torch.devic
     num_slots = sum(len(bucket) * bucket[0][0] for bucket in buckets)
     gather = np.empty(num_slots, dtype=np.int64)
     scatter = np.full(len(lengths) * width, num_slots, dtype=np.int64)
+    token = np.full(num_slots, -1, dtype=np.int64)
+    starts_of, lengths_of = np.empty(num_slots, dtype=np.int64), np.empty(num_slots, dtype=np.int64)
     first_slot = 0
     for bucket in buckets:
         longest = bucket[0][0]
@@ -307,16 +337,22 @@ def _make_plan(lengths: Sequence[Sequence[int]], width: int, device: torch.devic
             gather[first_slot : first_slot + length] = np.arange(start, start + length)
             gather[first_slot + length : first_slot + longest] = start
             scatter[start : start + length] = np.arange(first_slot, first_slot + length)
+            token[first_slot : first_slot + length] = np.arange(start, start + length)
+            starts_of[first_slot : first_slot + longest] = first_slot
+            lengths_of[first_slot : first_slot + longest] = longest
             first_slot += longest
     boundaries = np.asarray([0, *accumulate(pieces)], dtype=np.int32)
     # torch.tensor, not from_numpy: under fake tensors (a dry run) it makes fake ones.
-    gather_index, scatter_index, boundary_N = (
-        torch.tensor(array).to(device) for array in (gather, scatter, boundaries)
+    gather_index, scatter_index, token_P, start_P, length_P, boundary_N = (
+        torch.tensor(array).to(device) for array in (gather, scatter, token, starts_of, lengths_of, boundaries)
     )
-    return _Plan(
+    return Plan(
         buckets=tuple((len(bucket), bucket[0][0]) for bucket in buckets),
         gather_index=gather_index,
         scatter_index=scatter_index,
+        token=token_P,
+        start=start_P,
+        length=length_P,
         boundaries=boundary_N,
         longest=max(pieces),
     )

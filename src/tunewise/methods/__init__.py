@@ -9,6 +9,7 @@ from tunewise.methods.defaults import complete
 from tunewise.methods.dylora import DyLoRA
 from tunewise.methods.fp8_lm import FP8LM
 from tunewise.methods.freezing import Freeze
+from tunewise.methods.fused import Fused
 from tunewise.methods.initialization import Initialize
 from tunewise.methods.lean_optimizers import AdamMini, AdamW4bit, Apollo
 from tunewise.methods.lora import LoRA
@@ -69,6 +70,7 @@ ALL: tuple[type[Method], ...] = (
     Apollo,
     FP8LM,
     Pad,
+    Fused,
 )
 """Every method, in the order of the slots."""
 
@@ -93,6 +95,7 @@ __all__ = [
     "DoRA",
     "DyLoRA",
     "Freeze",
+    "Fused",
     "Initialize",
     "Lion",
     "LoRA",

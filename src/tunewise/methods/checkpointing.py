@@ -85,7 +85,8 @@ def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
     again."""
     del context
     packet = operator.overloadpacket if isinstance(operator, torch._ops.OpOverload) else operator
-    keep = packet in _MATMULS
+    # A product that is written into memory of its caller's (`out=`) is not there any more in backward.
+    keep = packet in _MATMULS and getattr(operator, "_overloadname", "") != "out"
     if packet in _ATTENTIONS:
         place = _ATTENTIONS[packet]
         dropout = args[place] if len(args) > place else kwargs.get("dropout_p", 0.0)

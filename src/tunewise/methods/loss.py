@@ -61,7 +61,9 @@ class SupervisedLoss(Method):
         def supervised(run: Run, batch: MicroBatch) -> Tensor:
             mask_R1LL = run.documents.mask(batch.input_ids_RL)
             hidden_RLD = head.hidden(run.model, batch.input_ids_RL, batch.position_ids_RL, mask_R1LL)
-            return supervised_loss(hidden_RLD, batch.labels_RL, head, batch.num_supervised, chunk_tokens)
+            return supervised_loss(
+                hidden_RLD, batch.labels_RL, head, batch.num_supervised, chunk_tokens, run.uses_loss_kernel
+            )
 
         run.loss = supervised
 

@@ -73,6 +73,7 @@ class Run:
             has lost; it takes them out.
         companions: what changes from step to step, by the name of the method that changes it.
         penalties: terms that are added to the loss of a step, once a step, and not reported as its loss.
+        uses_loss_kernel: whether the loss may use the compiled kernel for cross entropy.
         is_dry: True when the tensors are fake: methods must not read values.
         notes: what methods have to say to the user ("LoRA on 28 linear layers").
     """
@@ -95,6 +96,7 @@ class Run:
     original_weights: dict[str, Tensor] = field(default_factory=dict)
     companions: dict[str, Companion] = field(default_factory=dict)
     penalties: list[Callable[[], Tensor]] = field(default_factory=list)
+    uses_loss_kernel: bool = False
     is_dry: bool = False
     notes: list[str] = field(default_factory=list)
 

@@ -23,6 +23,7 @@ from tunewise.methods import (
     AdamW8bit,
     Attention,
     Checkpointing,
+    Fused,
     Lion,
     LoRA,
     Packing,
@@ -36,7 +37,7 @@ from tunewise.methods.compatibility import conflicts
 from tunewise.methods.optimizers import Optimizer
 from tunewise.recipe import Fidelity, Method, Recipe, Slot, TrainingSpec
 
-Axis = Literal["tuning", "precision", "checkpointing", "optimizer", "loss", "rows", "attention"]
+Axis = Literal["tuning", "precision", "checkpointing", "optimizer", "loss", "rows", "attention", "kernels"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ WHOLE = Option("whole loss", (WholeLoss(),))
 SUPERVISED = Option("supervised loss", (SupervisedLoss(),), fidelity=Fidelity.ROUNDING)
 
 PADDED = Option("padded")
+
+PLAIN_KERNELS = Option("torch's own kernels")
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,9 @@ def axes(config: PretrainedConfig, machine: Machine, base: Recipe, wishes: Wishe
         "rows": [PADDED, Option("packed", (Packing(row_tokens=row_tokens),), fidelity=Fidelity.ROUNDING)],
         "attention": [_attention(each) for each in kinds],
     }
+    fused = base.get(Fused)
+    if fused is not None:
+        found["kernels"] = [Option("fused kernels", (fused,), fidelity=Fidelity.ROUNDING), PLAIN_KERNELS]
     known = {name for options in found.values() for option in options for name in option.names}
     for name in wishes.wanted:
         if name not in known:
@@ -243,6 +249,7 @@ _AXIS_OF_SLOT: dict[Slot, Axis] = {
     Slot.ACTIVATIONS: "checkpointing",
     Slot.LOSS: "loss",
     Slot.OPTIMIZER: "optimizer",
+    Slot.KERNELS: "kernels",
 }
 
 
@@ -251,7 +258,7 @@ def _join(found: dict[Axis, list[Option]], method: Method) -> None:
     axis = _AXIS_OF_SLOT.get(method.slot)
     if axis is None:
         raise InputError(f"The planner cannot place '{method.name}'; it knows no axis for {method.slot.name.lower()}.")
-    found[axis].append(Option(method.name, (method,), fidelity=method.fidelity))
+    found.setdefault(axis, []).append(Option(method.name, (method,), fidelity=method.fidelity))
 
 
 @dataclass(frozen=True)
@@ -304,6 +311,8 @@ def _pointless(choice: Choice, quality: Fidelity, options: dict[Axis, tuple[Opti
     """Combinations that nothing forbids and that never help."""
     if choice["attention"] is not options["attention"][0] and quality != Fidelity.EXACT:
         return f"{options['attention'][0].label} runs the same kernels without a mask over the row"
+    if PLAIN_KERNELS in dict(choice.options).values() and quality != Fidelity.EXACT:
+        return "fused kernels compute the same in fewer passes over memory"
     if choice["tuning"].names & {"lora", "peft"}:
         if choice.updates_in_backward:
             return "an adapter's gradients are too small for updates inside backward to save anything"

@@ -1,0 +1,313 @@
+// Loops over rows that torch's operators would do in several passes: norms, SwiGLU, rotary positions, softmax of
+// causal scores, cross entropy. Compiled on the user's machine by `native.py`; every function has its plain twin in
+// tests/unit/layers/test_fused.py. Numbers are computed in fp32 and stored as they came, fp32 or bf16.
+//
+// T rows (tokens), D columns, H heads, V vocabulary. All tensors are contiguous unless a stride is given.
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(const float* p) { return *p; }
+inline float load(const bf16* p) { return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16); }
+inline void store(float* p, float x) { *p = x; }
+inline void store(bf16* p, float x) {  // to nearest, ties to even
+  uint32_t u = std::bit_cast<uint32_t>(x);
+  p->bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// Cephes' expf (relative error 2e-7), written so that compilers vectorize it; NaN stays NaN.
+inline float exp_of(float x) {
+  x = x < -87.3f ? -87.3f : x;
+  x = x > 88.0f ? 88.0f : x;
+  float n = std::floor(x * 1.44269504088896341f + 0.5f);
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+}
+
+inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+// y = w * x / sqrt(mean(x^2) + eps); keeps 1 / sqrt(...).
+template <class S>
+void rms_norm(const S* x, const S* w, S* y, float* scale, int64_t T, int64_t D, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    const S* row = x + t * D;
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t d = 0; d < D; ++d) squares += load(row + d) * load(row + d);
+    const float r = 1.0f / std::sqrt(squares / static_cast<float>(D) + eps);
+    scale[t] = r;
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) store(y + t * D + d, load(w + d) * (load(row + d) * r));
+  }
+}
+
+// dx = r (g w - n mean(g w n)) with n = x r; dw = sum over rows of g n, where `weight_grad` is there.
+template <class S>
+void rms_norm_backward(const S* g, const S* x, const S* w, const float* scale, S* dx, float* weight_grad, int64_t T,
+                       int64_t D) {
+  std::vector<std::vector<float>> parts(omp_get_max_threads());
+#pragma omp parallel
+  {
+    std::vector<float>& part = parts[omp_get_thread_num()];
+    if (weight_grad) part.assign(D, 0.0f);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; ++t) {
+      const S *grad = g + t * D, *row = x + t * D;
+      const float r = scale[t];
+      float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t d = 0; d < D; ++d) dot += load(grad + d) * load(w + d) * load(row + d);
+      const float mean = dot * r / static_cast<float>(D);
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d)
+        store(dx + t * D + d, r * (load(grad + d) * load(w + d) - load(row + d) * r * mean));
+      if (weight_grad) {
+        float* sum = part.data();
+#pragma omp simd
+        for (int64_t d = 0; d < D; ++d) sum[d] += load(grad + d) * load(row + d) * r;
+      }
+    }
+  }
+  if (weight_grad)
+    for (int64_t d = 0; d < D; ++d) {
+      weight_grad[d] = 0.0f;
+      for (const auto& part : parts)
+        if (!part.empty()) weight_grad[d] += part[d];
+    }
+}
+
+constexpr int64_t PIECE = 4096;  // what a thread takes at once of long rows of numbers
+
+// y = silu(gate) * up, for N numbers.
+template <class S>
+void swiglu(const S* gate, const S* up, S* y, int64_t N) {
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < N; first += PIECE) {
+    const int64_t end = first + PIECE < N ? first + PIECE : N;
+#pragma omp simd
+    for (int64_t n = first; n < end; ++n) {
+      const float a = load(gate + n);
+      store(y + n, a * sigmoid_of(a) * load(up + n));
+    }
+  }
+}
+
+// The gradients may take the places of gate and up.
+template <class S>
+void swiglu_backward(const S* g, const S* gate, const S* up, S* gate_grad, S* up_grad, int64_t N) {
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < N; first += PIECE) {
+    const int64_t end = first + PIECE < N ? first + PIECE : N;
+#pragma omp simd
+    for (int64_t n = first; n < end; ++n) {
+      const float a = load(gate + n), grad = load(g + n), s = sigmoid_of(a);
+      const float gate_slope = grad * load(up + n) * s * (1.0f + a * (1.0f - s));
+      store(up_grad + n, grad * a * s);
+      store(gate_grad + n, gate_slope);
+    }
+  }
+}
+
+// Rotary positions: (a, b) -> (a cos - b sin, b cos + a sin) for the two halves of a head; `back` is the transpose.
+template <class S>
+inline void head_of(const S* in, S* out, const S* cos, const S* sin, int64_t D, bool back) {
+  if (!cos) {
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) out[d] = in[d];
+    return;
+  }
+  const int64_t half = D / 2;
+#pragma omp simd
+  for (int64_t d = 0; d < half; ++d) {
+    const float a = load(in + d), b = load(in + half + d);
+    const float c = load(cos + d), e = load(cos + half + d), s = load(sin + d), u = load(sin + half + d);
+    store(out + d, back ? a * c + b * u : a * c - b * s);
+    store(out + half + d, back ? b * e - a * s : b * e + a * u);
+  }
+}
+
+// From rows of tokens (H heads side by side) to documents: (document, head, position, D). `token` says which token
+// stands in a slot (-1: none, and zeros), `start` the first slot of its document and `length` how many there are.
+template <class S>
+void gather(const S* rows, int64_t stride, S* out, const S* cos, const S* sin, const int64_t* token,
+            const int64_t* start, const int64_t* length, int64_t slots, int64_t H, int64_t D) {
+#pragma omp parallel for schedule(static)
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t t = token[slot];
+    S* first = out + start[slot] * H * D + (slot - start[slot]) * D;
+    if (t < 0) {
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t d = 0; d < D; ++d) store(first + h * length[slot] * D + d, 0.0f);
+      continue;
+    }
+    for (int64_t h = 0; h < H; ++h)
+      head_of(rows + t * stride + h * D, first + h * length[slot] * D, cos ? cos + t * D : nullptr,
+              sin ? sin + t * D : nullptr, D, false);
+  }
+}
+
+// The way back; `slot_of` says where a token stands, `slots` for padding, which gets zeros.
+template <class S>
+void scatter(const S* in, S* rows, int64_t stride, const S* cos, const S* sin, const int64_t* slot_of,
+             const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t slot = slot_of[t];
+    S* out = rows + t * stride;
+    if (slot >= slots) {
+      for (int64_t d = 0; d < H * D; ++d) store(out + d, 0.0f);
+      continue;
+    }
+    const S* first = in + start[slot] * H * D + (slot - start[slot]) * D;
+    for (int64_t h = 0; h < H; ++h)
+      head_of(first + h * length[slot] * D, out + h * D, cos ? cos + t * D : nullptr, sin ? sin + t * D : nullptr, D,
+              true);
+  }
+}
+
+// Which keys a row of scores sees: rows are `queries` positions from `first` on, again and again.
+struct Range {
+  int64_t begin, end;
+};
+inline Range visible(int64_t row, int64_t queries, int64_t first, int64_t window) {
+  const int64_t q = first + row % queries;
+  return {window > 0 && q + 1 > window ? q + 1 - window : 0, q + 1};
+}
+
+// Scores become weights; `log_sum` keeps log(sum(exp(scale * score))) of each row.
+template <class S>
+void causal_softmax(S* scores, float* log_sum, int64_t rows, int64_t K, int64_t queries, int64_t first,
+                    int64_t window, float scale) {
+#pragma omp parallel
+  {
+    std::vector<float> held(K);
+    float* e = held.data();
+#pragma omp for schedule(static, 16)
+    for (int64_t row = 0; row < rows; ++row) {
+      S* s = scores + row * K;
+      const Range keys = visible(row, queries, first, window);
+      float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+      for (int64_t k = keys.begin; k < keys.end; ++k) most = load(s + k) > most ? load(s + k) : most;
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = keys.begin; k < keys.end; ++k) {
+        e[k] = exp_of((load(s + k) - most) * scale);
+        sum += e[k];
+      }
+      const float share = 1.0f / sum;
+      for (int64_t k = 0; k < keys.begin; ++k) store(s + k, 0.0f);
+#pragma omp simd
+      for (int64_t k = keys.begin; k < keys.end; ++k) store(s + k, e[k] * share);
+      for (int64_t k = keys.end; k < K; ++k) store(s + k, 0.0f);
+      log_sum[row] = most * scale + std::log(sum);
+    }
+  }
+}
+
+// Scores become weights P again and `grad`, dP, becomes the scores' gradient: scale * P (dP - sum(P dP)).
+template <class S>
+void causal_softmax_backward(S* scores, S* grad, const float* log_sum, int64_t rows, int64_t K, int64_t queries,
+                             int64_t first, int64_t window, float scale) {
+#pragma omp parallel
+  {
+    std::vector<float> held(K);
+    float* p = held.data();
+#pragma omp for schedule(static, 16)
+    for (int64_t row = 0; row < rows; ++row) {
+      S *s = scores + row * K, *g = grad + row * K;
+      const Range keys = visible(row, queries, first, window);
+      const float log_of_sum = log_sum[row];
+      float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t k = keys.begin; k < keys.end; ++k) {
+        p[k] = exp_of(load(s + k) * scale - log_of_sum);
+        dot += p[k] * load(g + k);
+      }
+      for (int64_t k = 0; k < keys.begin; ++k) store(s + k, 0.0f), store(g + k, 0.0f);
+#pragma omp simd
+      for (int64_t k = keys.begin; k < keys.end; ++k) {
+        store(g + k, p[k] * (load(g + k) - dot) * scale);
+        store(s + k, p[k]);
+      }
+      for (int64_t k = keys.end; k < K; ++k) store(s + k, 0.0f), store(g + k, 0.0f);
+    }
+  }
+}
+
+// Cross entropy of each row with its gradient in the logits' place; the logits count `scale` times.
+template <class S>
+void cross_entropy(S* logits, const int64_t* labels, float* loss, int64_t T, int64_t V, float scale) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    S* row = logits + t * V;
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t v = 0; v < V; ++v) most = load(row + v) > most ? load(row + v) : most;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < V; ++v) sum += exp_of((load(row + v) - most) * scale);
+    const float target = load(row + labels[t]), log_of_sum = std::log(sum);
+    loss[t] = log_of_sum - (target - most) * scale;
+    const float share = scale / sum;
+#pragma omp simd
+    for (int64_t v = 0; v < V; ++v) store(row + v, exp_of((load(row + v) - most) * scale) * share);
+    store(row + labels[t], scale * std::expm1(-loss[t]));  // p - 1 without cancellation
+  }
+}
+
+}  // namespace
+
+#define FOR_BOTH(NAME, PARAMETERS, ...)                          \
+  extern "C" void NAME##_fp32 PARAMETERS { using S = float; NAME<S> __VA_ARGS__; } \
+  extern "C" void NAME##_bf16 PARAMETERS { using S = bf16; NAME<S> __VA_ARGS__; }
+
+#define IN(p) static_cast<const S*>(p)
+#define OUT(p) static_cast<S*>(p)
+
+FOR_BOTH(rms_norm, (const void* x, const void* w, void* y, float* scale, int64_t T, int64_t D, float eps),
+         (IN(x), IN(w), OUT(y), scale, T, D, eps))
+FOR_BOTH(rms_norm_backward,
+         (const void* g, const void* x, const void* w, const float* scale, void* dx, float* dw, int64_t T, int64_t D),
+         (IN(g), IN(x), IN(w), scale, OUT(dx), dw, T, D))
+FOR_BOTH(swiglu, (const void* gate, const void* up, void* y, int64_t N), (IN(gate), IN(up), OUT(y), N))
+FOR_BOTH(swiglu_backward,
+         (const void* g, const void* gate, const void* up, void* gate_grad, void* up_grad, int64_t N),
+         (IN(g), IN(gate), IN(up), OUT(gate_grad), OUT(up_grad), N))
+FOR_BOTH(gather,
+         (const void* rows, int64_t stride, void* out, const void* cos, const void* sin, const int64_t* token,
+          const int64_t* start, const int64_t* length, int64_t slots, int64_t H, int64_t D),
+         (IN(rows), stride, OUT(out), IN(cos), IN(sin), token, start, length, slots, H, D))
+FOR_BOTH(scatter,
+         (const void* in, void* rows, int64_t stride, const void* cos, const void* sin, const int64_t* slot_of,
+          const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D),
+         (IN(in), OUT(rows), stride, IN(cos), IN(sin), slot_of, start, length, slots, T, H, D))
+FOR_BOTH(causal_softmax,
+         (void* scores, float* log_sum, int64_t rows, int64_t K, int64_t queries, int64_t first, int64_t window,
+          float scale),
+         (OUT(scores), log_sum, rows, K, queries, first, window, scale))
+FOR_BOTH(causal_softmax_backward,
+         (void* scores, void* grad, const float* log_sum, int64_t rows, int64_t K, int64_t queries, int64_t first,
+          int64_t window, float scale),
+         (OUT(scores), OUT(grad), log_sum, rows, K, queries, first, window, scale))
+FOR_BOTH(cross_entropy, (void* logits, const int64_t* labels, float* loss, int64_t T, int64_t V, float scale),
+         (OUT(logits), labels, loss, T, V, scale))

@@ -1,0 +1,152 @@
+"""The method `fused`: what it replaces, the whole fast path against the plain one, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Qwen2Config
+
+from tests.laws.test_same_gradients import CONFIG, CPU, PROBLEMS, assert_same, corpus, loss_and_gradients, make_run
+from tests.laws.test_same_gradients import reference as plain_reference
+from tunewise.engine.build import build
+from tunewise.engine.device_profile import CPU as CPU_PROFILE
+from tunewise.engine.dry_run import BatchShape, dry_run
+from tunewise.errors import Conflict
+from tunewise.layers import native
+from tunewise.layers.blocks import FusedAttention, FusedMLP
+from tunewise.layers.fused import FusedRMSNorm
+from tunewise.methods import Attention, Checkpointing, Fused, LoRA, Packing, Precision, SupervisedLoss, complete
+from tunewise.recipe import BatchSpec, DataSpec, Method, ModelSpec, Recipe
+from tunewise.workload.model import random_model
+
+pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+
+FAST: tuple[Method, ...] = (
+    Fused(),
+    Packing(row_tokens=64),
+    Attention(kind="per_document"),
+    SupervisedLoss(chunk_tokens=5),
+)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("checkpointing", [None, Checkpointing(), Checkpointing(policy="selective")])
+def test_the_whole_fast_path(problem: str, checkpointing: Method | None) -> None:
+    more = () if checkpointing is None else (checkpointing,)
+    run = make_run((*PROBLEMS[problem], *FAST, *more), micro_batch_size=2)
+    assert_same(loss_and_gradients(run), plain_reference(problem), 1e-5)
+
+
+def kinds(fused: Fused) -> dict[str, int]:
+    model = make_run((LoRA(rank=4), fused, *FAST[1:]), micro_batch_size=2).model
+    wanted = (FusedRMSNorm, FusedMLP, FusedAttention)
+    return {kind.__name__: sum(type(m) is kind for m in model.modules()) for kind in wanted}
+
+
+def test_what_is_replaced() -> None:
+    assert kinds(Fused()) == {"FusedRMSNorm": 7, "FusedMLP": 3, "FusedAttention": 3}
+    assert kinds(Fused(norms=False, mlp=False, attention=False)) == dict.fromkeys(kinds(Fused()), 0)
+
+
+def test_names_of_what_is_learnt_stay() -> None:
+    names = [
+        [name for name, _ in make_run((LoRA(rank=4), *methods), micro_batch_size=2).trainable()]
+        for methods in ((), FAST)
+    ]
+    assert names[0] == names[1]
+
+
+def test_bf16_stays_near_fp32() -> None:
+    """No farther from fp32 than the unfused path in bf16 is, but for a half of it."""
+    runs = {}
+    for name, methods in {"fp32": (), "bf16": FAST[1:], "fused": FAST}.items():
+        compute = Precision(compute="fp32" if name == "fp32" else "bf16")
+        runs[name] = loss_and_gradients(make_run((LoRA(rank=4), compute, *methods), micro_batch_size=2))
+    truth = runs["fp32"][1]
+
+    def error(name: str) -> float:
+        squares = [(runs[name][1][key] - gradient).square().sum() for key, gradient in truth.items()]
+        return float(torch.stack(squares).sum().sqrt())
+
+    assert error("fused") < 1.5 * error("bf16")
+
+
+def test_a_model_can_still_generate() -> None:
+    run = make_run((LoRA(rank=4), *FAST), micro_batch_size=2)
+    plain = make_run((LoRA(rank=4),), micro_batch_size=2)
+    prompt = torch.arange(5, 11)[None]
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": 0}
+    run.documents.kernels = None
+    for each in (run, plain):
+        each.model.eval()
+        each.model.set_attn_implementation("sdpa")
+    assert isinstance(run.model, LlamaForCausalLM)
+    assert isinstance(plain.model, LlamaForCausalLM)
+    assert torch.equal(run.model.generate(prompt, **options), plain.model.generate(prompt, **options))
+
+
+def test_biases_and_windows_of_other_families() -> None:
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, use_sliding_window=True, sliding_window=6,
+        max_window_layers=0,
+    )  # fmt: skip
+    results = []
+    for methods in ((Attention(kind="eager"),), FAST):
+        recipe = Recipe(
+            model=ModelSpec(name="tiny"),
+            data=DataSpec(source="made"),
+            methods=(LoRA(rank=4), Precision(compute="fp32"), *methods),
+            batch=BatchSpec(documents=7, micro_batch_size=2),
+        )
+        run = build(complete(recipe, config, CPU), random_model(config, torch.float32, seed=0), CPU)
+        with torch.no_grad():
+            for name, parameter in run.trainable():
+                if "lora_B" in name:
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        results.append(loss_and_gradients(run))
+    assert_same(results[1], results[0], 1e-5)
+
+
+def test_a_norm_that_is_another_one_is_refused() -> None:
+    model = random_model(CONFIG, torch.float32, seed=0)
+    norm = model.model.norm
+    norm.forward = lambda hidden: (1.0 + norm.weight) * hidden
+    recipe = Recipe(
+        model=ModelSpec(name="tiny"),
+        data=DataSpec(source="made"),
+        methods=(LoRA(rank=4), Fused()),
+        batch=BatchSpec(documents=7, micro_batch_size=1),
+    )
+    with pytest.raises(Conflict, match="something else than its kernel"):
+        build(complete(recipe, CONFIG, CPU), model, CPU)
+
+
+def test_not_on_a_gpu() -> None:
+    recipe = Recipe(model=ModelSpec(name="tiny"), data=DataSpec(source="made"), methods=(Fused(),), device="cuda")
+    assert "CPUs" in (Fused().conflict(recipe) or "")
+
+
+@pytest.mark.parametrize("problem", ["lora", "full"])
+def test_the_dry_run_knows_it(problem: str) -> None:
+    """What the dry run says of the fast path is less than of the plain one, and what the allocator sees."""
+    from tunewise.engine.allocator import peak_tensor_bytes
+    from tunewise.engine.step import clipped_norm, gradients, parameter_groups, set_learning_rate, update
+
+    run = make_run((*PROBLEMS[problem], *FAST), micro_batch_size=2)
+    documents = range(len(corpus()))
+    batches = [run.layout.build(rows, corpus()) for rows in run.layout.micro_batches(documents, corpus().lengths)]
+    shapes = [BatchShape.of(batch) for batch in batches]
+    estimate = dry_run(run.recipe, CONFIG, "cpu", shapes, profile=CPU_PROFILE)
+    optimizer = run.make_optimizer(parameter_groups(run))
+    set_learning_rate(optimizer, 0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def step() -> None:
+        gradients(run, batches, 1, scaler)
+        clipped_norm(run, optimizer, scaler)
+        update(optimizer, scaler)
+
+    step()
+    peak = peak_tensor_bytes(run, optimizer, batches, step)
+    assert estimate.peak_bytes == pytest.approx(peak, rel=0.02)
