@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "folder": st.none() | WORDS,
     },
     "pad": dict.fromkeys(("vocabulary", "rank", "length"), st.none() | COUNTS),
+    "fused": dict.fromkeys(("norms", "mlp", "attention", "loss"), st.booleans()),
     "freeze": {"train": SOME_WORDS},
     "lora": {
         **LOW_RANK,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from tunewise.export.peers.config import Missing, shown
-from tunewise.methods import FP8LM, AdamMini, AdamW, AdamW4bit, Apollo, Initialize, OffloadActivations, Pad, Stream
+from tunewise.methods import FP8LM, AdamMini, AdamW, AdamW4bit, Apollo, Fused, Initialize, OffloadActivations, Pad, Stream
 from tunewise.methods.optimizers import AdamLike
 from tunewise.recipe import Method, Recipe
 
 _LEFT_OUT: dict[type[Method], str] = {
     Stream: "keeps all weights on the device",
     OffloadActivations: "keeps activations on the device",
+    Fused: "has no such kernels for CPUs",
     Pad: "computes with the sizes as they are",
     Initialize: "keeps the architecture's own initialization",
 }
