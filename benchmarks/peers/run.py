@@ -7,7 +7,7 @@ Every tool trains once on the same records in a process of its own, as often as 
 Counted are real tokens (padding is none) in a step's seconds without the first step; the peak resident size above a
 process that has only imported torch; and, after equal tokens, the loss per supervised token on the same validation
 records by the same plain function. Finished pieces stand in the JSON file; with `--seconds` a call stops starting new
-ones and ends with exit code 75, and the same command goes on. `summary` has our median against the peers'. """
+ones and ends with exit code 75, and the same command goes on. `summary` has our median against the peers'."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Ceilings: the fastest bf16 and fp32 matrix products and the copy bandwidth, befo
 Steps: whole steps of a training, timed without any instrument (`step`); then steps under torch's profiler, whose
 shares by phase and operator divide that time (`phases`). A phase is what the model's module computes, forward and
 backward apart: backward work is given to the module whose forward made it (autograd's sequence numbers). FLOPs are
-those that the matrix products of the step really execute, counted by the profiler from their shapes. """
+those that the matrix products of the step really execute, counted by the profiler from their shapes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Steps:
         float(gradients(run, self._micro_batches(run, documents), num_supervised, self.scaler))
         with torch.profiler.record_function("phase:optimizer"):
             float(clipped_norm(run, self.optimizer, self.scaler))
-            update(self.optimizer, self.scaler)
+            update(run, self.optimizer, self.scaler)
         return int(train.lengths[documents].sum())
 
     def _micro_batches(self, run: Run, documents: list[int]) -> Iterator[MicroBatch]:

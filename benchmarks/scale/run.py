@@ -6,7 +6,7 @@
 `size`, `length`, `micro`: LoRA steps as a training does them, with the bf16 ceiling of the same run beside each
 point. `records`: a file of short records is made and prepared (read, converted, tokenized, split, examined) in a
 process of its own, twice: seconds, and the peak resident size above a process that has only imported tunewise. Points
-that are in the JSON file already are kept, so the same command goes on after an interruption. """
+that are in the JSON file already are kept, so the same command goes on after an interruption."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What every side writes down; needs nothing but torch.
 
 A side trains on `setting["train"]` once, `setting["documents"]` records a step, and is judged by the loss per
-supervised token on `setting["validation"]`, document by document. """
+supervised token on `setting["validation"]`, document by document."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -45,7 +46,13 @@ class FusedAttention(nn.Module):
     here computes.
     """
 
-    def __init__(self, original: nn.Module, documents: DocumentLayout) -> None:
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+
+    def __init__(self, original: Any, documents: DocumentLayout) -> None:
         super().__init__()
         for name, child in original.named_children():
             setattr(self, name, child)
@@ -76,10 +83,9 @@ class FusedAttention(nn.Module):
         cos_TD, sin_TD = (self._per_token(part, rows, query.dtype) for part in position_embeddings)
         plan = self.documents.plan(query, rows, width)
         heads = (query.shape[-1] // self.head_dim, key.shape[-1] // self.head_dim, self.head_dim)
-        output_TX = attend(
-            *(part.flatten(0, 1) for part in (query, key, value)),
-            plan, heads, self.scaling, self.window or 0, (cos_TD, sin_TD),
-        )  # fmt: skip
+        query_TX, key_TX, value_TX = (part.flatten(0, 1) for part in (query, key, value))
+        rotary = (cos_TD, sin_TD)
+        output_TX = attend(query_TX, key_TX, value_TX, plan, heads, self.scaling, self.window or 0, rotary)
         return self.o_proj(output_TX.view(rows, width, -1)), None
 
     @staticmethod
@@ -96,7 +102,7 @@ class FusedAttention(nn.Module):
         return output
 
 
-def fused_twin(module: nn.Module, documents: DocumentLayout | None) -> nn.Module | None:
+def fused_twin(module: Any, documents: DocumentLayout | None) -> nn.Module | None:
     """Return a replacement for a norm, an MLP or an attention whose parts are the known ones, else None.
 
     Args:

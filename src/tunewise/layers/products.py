@@ -92,14 +92,14 @@ class Block(NamedTuple):
 
     Attributes:
         slots: the slots of the documents.
-        count: C.
+        documents: C.
         length: L.
         first, end: which positions ask.
         rows: where the logarithms of this block's sums lie.
     """
 
     slots: slice
-    count: int
+    documents: int
     length: int
     first: int
     end: int
@@ -225,14 +225,14 @@ class DocumentAttention(torch.autograd.Function):
 
 def _room(blocks: list[Block], heads: Heads) -> int:
     """Return how many scores the largest block has."""
-    return max((b.count * heads.queries * (b.end - b.first) * b.end for b in blocks), default=0)
+    return max((b.documents * heads.queries * (b.end - b.first) * b.end for b in blocks), default=0)
 
 
 def _keys(slots: Tensor, block: Block, heads: Heads) -> Tensor:
     """Return the keys (or values) that a block's queries may see, (N, positions, D)."""
     width = heads.keys * heads.size
     held = slots[block.slots.start * width : block.slots.stop * width]
-    return held.view(block.count * heads.keys, block.length, heads.size)[:, : block.end]
+    return held.view(block.documents * heads.keys, block.length, heads.size)[:, : block.end]
 
 
 def _of_queries(slots: Tensor, block: Block, heads: Heads) -> Tensor:
@@ -240,7 +240,7 @@ def _of_queries(slots: Tensor, block: Block, heads: Heads) -> Tensor:
     width = heads.queries * heads.size
     held = slots[block.slots.start * width : block.slots.stop * width]
     groups = heads.queries // heads.keys
-    view = held.view(block.count * heads.keys, groups, block.length, heads.size)
+    view = held.view(block.documents * heads.keys, groups, block.length, heads.size)
     return view[:, :, block.first : block.end]
 
 

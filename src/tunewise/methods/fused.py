@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -46,11 +46,9 @@ class Fused(Method):
     loss: bool = True
 
     def conflict(self, recipe: Recipe) -> str | None:
-        """The kernels are for CPUs; attention needs the layout of documents."""
-        if recipe.device in ("cuda", "mps"):
-            return "fused: these kernels are for CPUs; leave 'fused' out"
+        """What is compared must have its weights."""
         if any(method.name == "stream" for method in recipe.methods or ()):
-            return "fused compares modules when it replaces them, and 'stream' has put their weights away; keep one of both"
+            return "fused compares modules as it replaces them, and 'stream' has put their weights away; keep one"
         return None
 
     def apply(self, run: Run) -> None:
@@ -87,7 +85,7 @@ class Fused(Method):
 
 
 @torch.no_grad()
-def _verify(name: str, module: nn.Module, twin: nn.Module, run: Run) -> None:
+def _verify(name: str, module: nn.Module, twin: Any, run: Run) -> None:
     """Compare a replacement with its original on random numbers.
 
     Raises:
@@ -118,7 +116,7 @@ def _verify(name: str, module: nn.Module, twin: nn.Module, run: Run) -> None:
         )
 
 
-def _input_size(module: nn.Module) -> int:
+def _input_size(module: Any) -> int:
     for name in ("q_proj", "gate_proj"):
         layer = getattr(module, name, None)
         if layer is not None:

@@ -99,11 +99,11 @@ def compare(
     plan = layout.plan(parts[0], rows, WIDTH)
     angles = rotary(rows, dtype) if is_turned else None
     ours = [part.clone().requires_grad_(True) for part in parts]
-    output = attend(*ours, plan, (*heads, SIZE), 0.3, window, angles)
+    output = attend(ours[0], ours[1], ours[2], plan, (*heads, SIZE), 0.3, window, angles)
     output.backward(grad)
     truth = [part.double().requires_grad_(True) for part in parts]
     wide = None if angles is None else (angles[0].double(), angles[1].double())
-    expected = plain(*truth, lengths, heads, 0.3, window, wide)
+    expected = plain(truth[0], truth[1], truth[2], lengths, heads, 0.3, window, wide)
     real = torch.tensor([[column < sum(held) for column in range(WIDTH)] for held in lengths]).flatten()
     expected.backward(torch.where(real[:, None], grad.double(), 0.0))
     pairs = [(output, expected), *((o.grad, t.grad) for o, t in zip(ours, truth, strict=True))]

@@ -51,7 +51,7 @@ def test_siblings(base: str, needs_input: bool) -> None:
     expected = [plain(each, x) for each in layers]
     weights = [torch.randn_like(output) for output in expected]
     gradients = [
-        list(torch.autograd.grad(sum((o * w).sum() for o, w in zip(found, weights, strict=True)), learnt))
+        list(torch.autograd.grad([(o * w).sum() for o, w in zip(found, weights, strict=True)], learnt))
         for found in (outputs, expected)
     ]
     assert_same([o.detach() for o in outputs], [e.detach() for e in expected])

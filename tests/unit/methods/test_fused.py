@@ -15,6 +15,7 @@ from tunewise.errors import Conflict
 from tunewise.layers import native
 from tunewise.layers.blocks import FusedAttention, FusedMLP
 from tunewise.layers.fused import FusedRMSNorm
+from tunewise.layers.head import base_model_of
 from tunewise.methods import Attention, Checkpointing, Fused, LoRA, Packing, Precision, SupervisedLoss, complete
 from tunewise.recipe import BatchSpec, DataSpec, Method, ModelSpec, Recipe
 from tunewise.workload.model import random_model
@@ -79,7 +80,7 @@ def test_a_model_can_still_generate() -> None:
     run.documents.kernels = None
     for each in (run, plain):
         each.model.eval()
-        each.model.set_attn_implementation("sdpa")
+        base_model_of(each.model).set_attn_implementation("sdpa")
     assert isinstance(run.model, LlamaForCausalLM)
     assert isinstance(plain.model, LlamaForCausalLM)
     assert torch.equal(run.model.generate(prompt, **options), plain.model.generate(prompt, **options))
@@ -123,8 +124,10 @@ def test_a_norm_that_is_another_one_is_refused() -> None:
 
 
 def test_not_on_a_gpu() -> None:
-    recipe = Recipe(model=ModelSpec(name="tiny"), data=DataSpec(source="made"), methods=(Fused(),), device="cuda")
-    assert "CPUs" in (Fused().conflict(recipe) or "")
+    run = make_run((LoRA(rank=4),), micro_batch_size=2)
+    run.device = torch.device("cuda")
+    with pytest.raises(Conflict, match="for CPUs"):
+        Fused().apply(run)
 
 
 @pytest.mark.parametrize("problem", ["lora", "full"])
@@ -145,7 +148,7 @@ def test_the_dry_run_knows_it(problem: str) -> None:
     def step() -> None:
         gradients(run, batches, 1, scaler)
         clipped_norm(run, optimizer, scaler)
-        update(optimizer, scaler)
+        update(run, optimizer, scaler)
 
     step()
     peak = peak_tensor_bytes(run, optimizer, batches, step)

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from tunewise.export.peers.config import Missing, shown
-from tunewise.methods import FP8LM, AdamMini, AdamW, AdamW4bit, Apollo, Fused, Initialize, OffloadActivations, Pad, Stream
+from tunewise.methods import (
+    FP8LM,
+    AdamMini,
+    AdamW,
+    AdamW4bit,
+    Apollo,
+    Fused,
+    Initialize,
+    OffloadActivations,
+    Pad,
+    Stream,
+)
 from tunewise.methods.optimizers import AdamLike
 from tunewise.recipe import Method, Recipe
 
