@@ -102,6 +102,7 @@ def make_workshop(folder: Path) -> None:
         "checkpoints": {"every": 2, "keep": 3},
         "evaluation": {"every": 6},
         "methods": {"lora": {"rank": 16}},
+        "quality": "off",
         "device": "cpu",
     }
     settings = [word for key, value in recipe.items() for word in ("--set", f"{key}={json.dumps(value)}")]

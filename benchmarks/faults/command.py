@@ -113,6 +113,7 @@ def write_recipe(folder: Path) -> Path:
         "batch": {"documents": 4, "micro_batch_size": 2},
         "training": {"epochs": 2, "learning_rate": 1e-3},
         "checkpoints": {"every": 5},
+        "quality": "off",
         "device": "cpu",
         "seed": 5,
     }

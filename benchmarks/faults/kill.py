@@ -69,6 +69,7 @@ def make_workload(folder: Path) -> dict[str, Any]:
         "training": {"steps": STEPS, "learning_rate": 1e-3},
         "evaluation": {"every": 7},
         "checkpoints": {"every": 2},
+        "quality": "off",
         "device": "cpu",
         "seed": 5,
     }

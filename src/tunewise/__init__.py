@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tunewise.api import export_merged, export_rank, resume, train
     from tunewise.errors import Conflict, DoesNotFit, InputError, MissingBackend, TunewiseError
+    from tunewise.evaluation import evaluate
     from tunewise.export.parts import load_adapter
     from tunewise.export.quantized import load_quantized
     from tunewise.export.result import Result
@@ -28,6 +29,7 @@ _HOMES = {
     "export_rank": "tunewise.api",
     "load_adapter": "tunewise.export.parts",
     "load_quantized": "tunewise.export.quantized",
+    "evaluate": "tunewise.evaluation",
     "Result": "tunewise.export.result",
     "plan": "tunewise.planner.plan",
     "Plan": "tunewise.planner.plan",
@@ -48,6 +50,7 @@ __all__ = [
     "Recipe",
     "Result",
     "TunewiseError",
+    "evaluate",
     "export_merged",
     "export_rank",
     "load_adapter",

@@ -14,6 +14,7 @@ from tunewise.engine.run_folder import RunFolder
 from tunewise.engine.state import restore_trainable
 from tunewise.engine.train import Observe, Training
 from tunewise.errors import InputError
+from tunewise.evaluation import Judge, write_report
 from tunewise.export.finish import Saved, cut_run, save_cut, save_merged, save_result
 from tunewise.export.result import Result
 from tunewise.methods.method import Run
@@ -33,7 +34,7 @@ def train(
     observe: Observe = lambda entry: None,
     announce: Announce = lambda plan, folder: None,
 ) -> Result:
-    """Train as `recipe` says and save the result in a new run folder.
+    """Train as `recipe` says, save the result in a new run folder and judge it (`Result.quality`).
 
     Args:
         recipe: a Recipe, plain data in its form, or the path of a YAML file.
@@ -142,6 +143,7 @@ def _trained(folder: str | Path, target: Path) -> tuple[Run, Plan]:
 
 
 def _run(run: Run, plan: Plan, folder: RunFolder, observe: Observe, *, resume_it: bool) -> Result:
+    judge = Judge(plan, run) if plan.recipe.quality.gate else None  # now, while the run is still the base
     training = Training(run, plan.data.train, plan.data.validation, plan.num_steps, folder, observe)
     if resume_it:
         training.resume()
@@ -152,8 +154,15 @@ def _run(run: Run, plan: Plan, folder: RunFolder, observe: Observe, *, resume_it
     training.record(
         {"event": "saved", "kind": saved.kind, "path": str(saved.folder), "max_difference": saved.max_difference}
     )
+    report = None
+    if judge is not None:
+        report = judge.verdict(run, folder.path / "metrics.jsonl", plan.tokenizer, outcome.seconds)
+        write_report(report, folder.path)
+        training.record(
+            {"event": "quality", "passed": report.passed, "reasons": report.reasons, "seconds": report.seconds}
+        )
     training.record({"event": "finished", **asdict(outcome)})
-    return Result(plan.recipe, outcome, folder.path, saved)
+    return Result(plan.recipe, outcome, folder.path, saved, report)
 
 
 def _refuse_changes(plan: Plan, home: RunFolder, names: tuple[str, ...], refused: str) -> None:

@@ -8,7 +8,8 @@
     ├── CheckpointError           2   a checkpoint is damaged, incomplete or belongs to another recipe
     ├── StorageError              2   the disk is full or read-only; says what was kept
     ├── TrainingDiverged          3   the loss left the finite numbers or jumped; says where the batch was written
-    └── VerificationError         4   what was saved does not compute what was trained
+    ├── VerificationError         4   what was saved does not compute what was trained
+    └── GateFailed                5   the model is trained and kept, and the quality gate refuses it
 
 A message says what is wrong, where (file, line, field) and what to do about it. `Interrupted` is no error: the user or
 the system asked us to stop, and we leave with the signal's own exit code.
@@ -66,6 +67,12 @@ class VerificationError(TunewiseError):
     """A saved model, reloaded, does not compute what the trained one computes."""
 
     exit_code = 4
+
+
+class GateFailed(TunewiseError):
+    """The quality gate refuses a model that was trained and saved."""
+
+    exit_code = 5
 
 
 class Interrupted(Exception):

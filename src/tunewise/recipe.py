@@ -176,6 +176,50 @@ class CheckpointSpec(Value):
     keep: PositiveInt = 2
 
 
+class QualitySpec(Value):
+    """What is measured at the end of a training and what the gate demands; `quality: off` does without.
+
+    Attributes:
+        gate: whether the gate runs.
+        share: how much of the training's tokens measuring may compute with, at most.
+        general_text: a file or folder on which forgetting is measured; None: the standard library's held-out part.
+        unanswerable: a file of questions that must be refused (any data format; the answers are not read).
+        refusals: regular expressions of what counts as a refusal, besides the built-in ones.
+        contract: a YAML file that says what every output must keep, also after exceptional inputs.
+        battery: suite -> data file; no metric of these may become worse beyond doubt.
+        min_gain: the interval of the task's gain (nats per supervised token, before - after) must lie above it.
+        max_forgetting: budget of the loss on general text, nats per token, after - before.
+        max_domain_forgetting: the same for each domain of it.
+        max_gap: nats by which training documents may be easier than held-out ones, beyond what they were before.
+        max_regress: nats by which the validation loss may end above its best.
+        max_leaked: share of held-out documents that training has seen.
+        max_false_refusals: share of answerable questions that are refused.
+        min_refusals: share of unanswerable questions that must be refused.
+    """
+
+    gate: bool = True
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.06
+    general_text: str | None = None
+    unanswerable: str | None = None
+    refusals: tuple[str, ...] = ()
+    contract: str | None = None
+    battery: dict[str, str] = {}
+    min_gain: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    max_forgetting: NonNegative = 0.05
+    max_domain_forgetting: NonNegative = 0.15
+    max_gap: NonNegative = 0.5
+    max_regress: NonNegative = 0.05
+    max_leaked: Fraction = 0.05
+    max_false_refusals: Fraction = 0.1
+    min_refusals: Fraction = 0.5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _switch(cls, given: Any) -> Any:
+        """YAML reads `off` as False."""
+        return {"gate": given in (True, "on")} if given in (True, False, "on", "off") else given
+
+
 class Recipe(Value):
     """What is done, from the data to the last step; see the module's docstring."""
 
@@ -187,6 +231,7 @@ class Recipe(Value):
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoints: CheckpointSpec = CheckpointSpec()
+    quality: QualitySpec = QualitySpec()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
@@ -224,8 +269,12 @@ class Recipe(Value):
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits that are equal for equal content; where the result is put does not count."""
-        content = {key: value for key, value in self.to_mapping().items() if key not in ("out", "report_to")}
+        """Twelve hexadecimal digits that are equal for equal content.
+
+        Where the result is put and how it is judged do not count: they change nothing about what is trained.
+        """
+        uncounted = ("out", "report_to", "quality")
+        content = {key: value for key, value in self.to_mapping().items() if key not in uncounted}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

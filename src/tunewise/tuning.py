@@ -188,6 +188,7 @@ def _findings(tuning: Tuning, best: Recipe, result: Result | None, outcome: str)
         methods=tuning.methods,
         confirmation=tuning.confirmation,
         training=None if result is None else _training_result(tuning, result),
+        quality=None if result is None else result.quality,
         costs=tuning.laboratory.costs(),
         budget_seconds=tuning.options.budget_seconds,
         search_seconds=tuning.laboratory.spent_seconds,

@@ -13,20 +13,21 @@ ORDER = [
     {"workload", "machine"},
     {"layers"},
     {"methods"},
-    {"quality"},
     {"engine"},
+    {"quality"},
     {"planner"},
     {"lab"},
     {"export"},
     {"report"},
+    {"evaluation"},
     {"api"},
     {"tuning"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 OPTIONAL = {
-    "bitsandbytes", "datasets", "flash_attn", "mlflow", "peft", "pyarrow", "tensorboard", "torch.utils.tensorboard",
-    "trackio", "wandb",
+    "bitsandbytes", "datasets", "flash_attn", "lm_eval", "mlflow", "peft", "pyarrow", "tensorboard",
+    "torch.utils.tensorboard", "trackio", "wandb",
 }  # fmt: skip
 """Optional back-ends: imported where they are needed, because they may not be installed."""
 

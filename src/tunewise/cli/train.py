@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunewise.errors import InputError
+from tunewise.errors import GateFailed, InputError
+
+if TYPE_CHECKING:
+    from tunewise.quality.verdict import QualityReport
 
 
 def run(
@@ -35,7 +38,9 @@ def run(
 
     screen = JsonLines() if json_lines else Terminal()
     if resume is not None:
-        screen.finish(api.resume(resume, observe=screen.observe, announce=screen.announce))
+        result = api.resume(resume, observe=screen.observe, announce=screen.announce)
+        screen.finish(result)
+        refuse_failed(result.quality, result.folder)
         return
     mapping: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
     named = [f"{key}={value}" for key, value in (("model.name", model), ("data.source", data)) if value is not None]
@@ -43,3 +48,18 @@ def run(
     source = str(recipe) if recipe is not None else "command line"
     result = api.train(recipe_from_mapping(mapping, source), out=out, observe=screen.observe, announce=screen.announce)
     screen.finish(result)
+    refuse_failed(result.quality, result.folder)
+
+
+def refuse_failed(report: QualityReport | None, folder: Path) -> None:
+    """Leave with the gate's exit code and its reasons when it refused the model.
+
+    Raises:
+        GateFailed: it did.
+    """
+    if report is not None and not report.passed:
+        reasons = "\n  ".join(report.reasons)
+        raise GateFailed(
+            f"the quality gate refuses this model:\n  {reasons}\n"
+            f"It is kept in {folder}, marked. The thresholds are the recipe's section 'quality'; see docs/quality.md."
+        )

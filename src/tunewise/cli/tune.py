@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tunewise.cli.train import refuse_failed
 from tunewise.errors import InputError
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe in YAML; where the search starts.")]
@@ -102,3 +103,5 @@ def start(
     finally:
         screen.close()
     show_findings(tuned.findings, folder / REPORT_FILE)
+    if tuned.training is not None:
+        refuse_failed(tuned.training.quality, tuned.training.folder)

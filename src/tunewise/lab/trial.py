@@ -7,7 +7,7 @@ import json
 from typing import Any, Literal
 
 from tunewise.methods.reading import recipe_from_mapping
-from tunewise.recipe import Recipe, Value
+from tunewise.recipe import QualitySpec, Recipe, Value
 
 Task = Literal["learn", "measure", "throughput"]
 
@@ -39,8 +39,8 @@ class Trial(Value):
 
     @staticmethod
     def of(task: Task, recipe: Recipe, **options: Any) -> Trial:
-        """Return a trial of `recipe`; where its results are put does not belong to it."""
-        mapping = recipe.replace(out=None, report_to=()).to_mapping()
+        """Return a trial of `recipe`; where its results are put and how they are judged do not belong to it."""
+        mapping = recipe.replace(out=None, report_to=(), quality=QualitySpec()).to_mapping()
         return Trial(task=task, recipe=mapping, **options)
 
     def read_recipe(self) -> Recipe:

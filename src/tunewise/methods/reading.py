@@ -18,6 +18,7 @@ from tunewise.recipe import (
     EvaluationSpec,
     Method,
     ModelSpec,
+    QualitySpec,
     Recipe,
     TrainingSpec,
 )
@@ -29,6 +30,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingSpec,
     "evaluation": EvaluationSpec,
     "checkpoints": CheckpointSpec,
+    "quality": QualitySpec,
 }
 _SHORTHANDS = {"model": "name", "data": "source"}
 """`model: NAME` is `model: {name: NAME}`, `data: FILE` is `data: {source: FILE}`."""

@@ -15,6 +15,7 @@ from tunewise.report import numbers
 from tunewise.report.sections.batch import verdict
 from tunewise.report.sections.ladder import added, loss_cell, noise_of, rungs, times_as_fast
 from tunewise.report.sections.missing import COMPLETE, no_batch, no_methods
+from tunewise.report.sections.quality import quality_words
 from tunewise.report.sections.search import cost_words
 from tunewise.report.sections.training import training_words
 
@@ -43,6 +44,8 @@ def show_findings(findings: Findings, report: Path | None = None, console: Conso
         said.append(findings.confirmation.sentence)
     if findings.training is not None:
         said += training_words(findings.training)
+    if findings.quality is not None:
+        said += quality_words(findings.quality)
     for sentence in said:
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))
     console.print()

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from tunewise.engine.assemble import Plan
 from tunewise.export.result import Result
 from tunewise.machine.machine import Machine
+from tunewise.report.quality_table import show_quality
 from tunewise.units import format_bytes, format_count, format_seconds
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.diagnosis import Diagnosis, Finding, preview
@@ -103,6 +104,8 @@ class Terminal:
             f"memory {format_bytes(outcome.peak_memory_bytes)}"
         )
         show(f"  saved and read again: {escape(str(saved.folder))}")
+        if result.quality is not None:
+            show_quality(result.quality, self.console)
         show(escape("\n".join("    " + line for line in how_to_load(result))))
 
     def _progress(self, entry: dict[str, Any]) -> None:
@@ -150,7 +153,13 @@ class JsonLines:
         """Print where the result is."""
         best = result.outcome.best_loss
         self._print(
-            {"event": "result", "folder": str(result.saved.folder), "kind": result.saved.kind, "best_loss": best}
+            {
+                "event": "result",
+                "folder": str(result.saved.folder),
+                "kind": result.saved.kind,
+                "best_loss": best,
+                "passed": None if result.quality is None else result.quality.passed,
+            }
         )
 
     def _print(self, entry: dict[str, Any]) -> None:

@@ -104,7 +104,16 @@ def test_json_is_one_object_a_line(tunewise: Run, recipe_file: str) -> None:
 
 def test_model_and_data_are_enough(tunewise: Run, files: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = files
-    few = ["--set", "model.tokenizer=embedded", "--set", "training.steps=1", "--set", "batch.documents=2"]
+    few = [
+        "--set",
+        "quality=off",
+        "--set",
+        "model.tokenizer=embedded",
+        "--set",
+        "training.steps=1",
+        "--set",
+        "batch.documents=2",
+    ]
     code, out, _ = tunewise("train", "--model", model, "--data", data, *few)
     assert code == 0, out
     assert (tmp_path / "runs" / "records" / "adapter").is_dir()

@@ -84,6 +84,7 @@ def test_json_lines(recipe: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     assert lines[1]["recipe"]["methods"]["lora"]["rank"] == 4
     assert lines[-1] == {
         "event": "result",
+        "passed": None,
         "folder": str(tmp_path / "run" / "adapter"),
         "kind": "adapter",
         "best_loss": lines[-2]["best_loss"],

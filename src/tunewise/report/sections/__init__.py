@@ -9,6 +9,7 @@ from tunewise.report.sections.effects import contribution_section, interaction_s
 from tunewise.report.sections.ladder import front_section, ladder_section, noise_of
 from tunewise.report.sections.missing import no_methods
 from tunewise.report.sections.predictions import prediction_section
+from tunewise.report.sections.quality import quality_section
 from tunewise.report.sections.recipe import recipe_section
 from tunewise.report.sections.search import cost_section, elsewhere_section, failure_section
 from tunewise.report.sections.training import training_section
@@ -32,6 +33,7 @@ def sections_of(findings: Findings) -> tuple[Section, ...]:
         batch_section(findings),
         *about_methods,
         training_section(findings),
+        quality_section(findings),
         cost_section(findings),
         failure_section(findings),
         elsewhere_section(findings),

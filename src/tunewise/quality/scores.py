@@ -1,0 +1,84 @@
+"""Everything that is measured about a model in one state, on one material: the base, or what it was tuned to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tunewise.methods.method import Run
+from tunewise.quality.battery import Items
+from tunewise.quality.exceptional import contract_items
+from tunewise.quality.forgetting import general_losses
+from tunewise.quality.generate import Answer, Sampling, generate
+from tunewise.quality.losses import DocumentLosses, document_losses
+from tunewise.quality.material import Material
+from tunewise.quality.prompts import Prompt
+from tunewise.quality.suites import Subject, suite_named
+
+BATTERY_QUESTIONS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One state's numbers; None (or empty) for what the material has not.
+
+    Attributes:
+        general, validation, training, endings: losses by document.
+        answerable, unanswerable: greedy answers to the prompts.
+        contract: whether each exceptional input was answered within the contract.
+        battery: suite -> metric -> its values.
+    """
+
+    general: DocumentLosses | None
+    validation: DocumentLosses | None
+    training: DocumentLosses | None
+    endings: DocumentLosses | None
+    answerable: tuple[Answer, ...]
+    unanswerable: tuple[Answer, ...]
+    contract: Mapping[str, Items] = field(default_factory=dict)
+    battery: Mapping[str, Mapping[str, Items]] = field(default_factory=dict)
+
+
+def scores_of(run: Run, material: Material) -> Scores:
+    """Measure the run's model as it stands; nothing of the run changes, its random state included."""
+    corpora = (material.validation, material.training, material.endings)
+    validation, training, endings = (
+        document_losses(run, corpus, range(len(corpus))) if len(corpus) else None for corpus in corpora
+    )
+    return Scores(
+        general=general_losses(run, material.general) if material.general is not None else None,
+        validation=validation,
+        training=training,
+        endings=endings,
+        answerable=_answers(run, material, material.answerable),
+        unanswerable=_answers(run, material, material.unanswerable),
+        contract=_contract(run, material),
+        battery=_battery(run, material),
+    )
+
+
+def _contract(run: Run, material: Material) -> dict[str, Items]:
+    if material.contract is None:
+        return {}
+    sampling = Sampling(max_new_tokens=min(material.max_new_tokens, material.context - 1))
+    room = material.context - sampling.max_new_tokens
+    prompts = [question.ids[-room:] for _, question in material.contract_cases]
+    outputs = [answer.text for (answer,) in generate(run, material.tokenizer, prompts, sampling)]
+    kinds = [kind for kind, _ in material.contract_cases]
+    return contract_items(kinds, outputs, material.contract, material.refusals)
+
+
+def _battery(run: Run, material: Material) -> dict[str, dict[str, Items]]:
+    found = {}
+    for name, data in run.recipe.quality.battery.items():
+        subject = Subject(run, material.tokenizer, material.context, data, material.max_new_tokens, BATTERY_QUESTIONS)
+        found[name] = suite_named(name)(subject)
+    return found
+
+
+def _answers(run: Run, material: Material, prompts: tuple[Prompt, ...]) -> tuple[Answer, ...]:
+    if not prompts:
+        return ()
+    sampling = Sampling(max_new_tokens=material.max_new_tokens)
+    answers = generate(run, material.tokenizer, [prompt.ids for prompt in prompts], sampling)
+    return tuple(answer for (answer,) in answers)
