@@ -139,6 +139,8 @@ def _gradient_bytes(run: Run, optimizer: torch.optim.Optimizer) -> int:
 
 def summary(runs: dict[str, dict[str, float]], seeds: int) -> dict[str, Any]:
     """Compare every variant with the reference, seed by seed."""
+    if any(f"bf16 {seed}" not in runs for seed in range(seeds)):
+        return {}
     reference = [runs[f"bf16 {seed}"]["loss"] for seed in range(seeds)]
     noise = statistics.stdev(reference)
     table = {}
@@ -166,28 +168,22 @@ def main() -> None:
     options = parser.parse_args()
     kept = json.loads(options.json.read_text()) if options.json.is_file() else {}
     runs: dict[str, dict[str, float]] = kept.get("runs", {}) if kept.get("steps") == options.steps else {}
+    found: dict[str, Any] = {"torch": torch.__version__, "steps": options.steps}
+    counted = kept.get("bytes_per_parameter") or {variant: bytes_of(variant) for variant in BYTES_OF}
+    found["bytes_per_parameter"] = counted
     data: list[Prepared] = []
     for variant in VARIANTS:
         for seed in range(options.seeds):
-            if f"{variant} {seed}" in runs:
-                continue
-            with tempfile.TemporaryDirectory() as name:
-                runs[f"{variant} {seed}"] = train(variant, seed, options.steps, Path(name), data)
-            print(f"{variant} {seed}: {runs[f'{variant} {seed}']['loss']:.4f}", flush=True)
-            options.json.write_text(json.dumps({"steps": options.steps, "runs": runs}, indent=1))
-    found = {
-        "torch": torch.__version__,
-        "steps": options.steps,
-        "bytes_per_parameter": {variant: bytes_of(variant) for variant in BYTES_OF},
-        **summary(runs, options.seeds),
-        "runs": runs,
-    }
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
+            if f"{variant} {seed}" not in runs:
+                with tempfile.TemporaryDirectory() as name:
+                    runs[f"{variant} {seed}"] = train(variant, seed, options.steps, Path(name), data)
+                print(f"{variant} {seed}: {runs[f'{variant} {seed}']['loss']:.4f}", flush=True)
+            found |= summary(runs, options.seeds) | {"runs": runs}
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"noise (standard deviation of bf16 over seeds): {found['noise']}")
     for variant, row in found["variants"].items():
-        print(
-            f"{variant:24} {row['difference']:+.4f} +- {row['standard_error']:.4f}  within noise: {row['within_noise']}"
-        )
+        error = f"{row['difference']:+.4f} +- {row['standard_error']:.4f}"
+        print(f"{variant:24} {error}  within noise: {row['within_noise']}")
     print(json.dumps(found["bytes_per_parameter"], indent=1))
 
 

@@ -41,6 +41,9 @@ def load_mapped(spec: ModelSpec, config: PretrainedConfig, dtype: torch.dtype) -
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and head.weight.is_meta and config.get_text_config().tie_word_embeddings:
+        head.weight = model.get_input_embeddings().weight  # not by transformers 5.23 when all weights are assigned
     for module in list(model.modules()):
         _make_buffers(module, config)
     absent = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]

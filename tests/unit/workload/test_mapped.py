@@ -28,6 +28,15 @@ def test_mapped_equals_loaded(architecture: str, tmp_path: Path) -> None:
     assert torch.equal(logits(mapped), logits(loaded))
 
 
+def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
+    spec = ModelSpec(name=str(save_model(tmp_path, tie_word_embeddings=True)))
+    config = load_config(spec)
+    mapped = load_mapped(spec, config, torch.float32)
+    assert not isinstance(mapped, str), mapped
+    assert mapped.get_output_embeddings().weight is mapped.get_input_embeddings().weight
+    assert torch.equal(logits(mapped), logits(load_model(spec, config, torch.float32, seed=0)))
+
+
 def test_mapping_takes_no_memory_for_blocks(tmp_path: Path) -> None:
     """transformers makes one token embedding while it builds; everything else is the files' pages."""
     spec = ModelSpec(name=str(save_model(tmp_path, shard="200KB")))
