@@ -12,8 +12,6 @@ from pathlib import Path
 PACKAGES: dict[str, tuple[str, ...]] = {
     "trl": ("torch==2.13.0", "trl==1.16.*", "peft", "datasets", "accelerate", "bitsandbytes"),
     "litgpt": ("torch==2.13.0", "litgpt==0.5.*"),
-    "llamafactory": ("torch==2.13.0", "llamafactory==0.9.*"),
-    "torchtune": ("torch==2.13.0", "torchtune==0.6.*", "torchao"),
 }
 
 

@@ -1,7 +1,7 @@
 """tunewise beside what people would take instead: same model, records, tokens, LoRA shape and optimizer, in turns.
 
     python benchmarks/peers/run.py --workload short --method lora --peers all --json peers_short_lora.json
-    python benchmarks/peers/run.py --workload long --method lora --peers trl-best,torchtune --json peers_long_lora.json
+    python benchmarks/peers/run.py --workload long --method lora --peers trl-best,litgpt --json peers_long_lora.json
 
 Every tool trains once on the same records in a process of its own, as often as there are `--turns`: A B C A B C.
 Counted are real tokens (padding is none) in a step's seconds without the first step; the peak resident size above a
@@ -37,8 +37,6 @@ PEERS: dict[str, tuple[str, str]] = {
     "trainer-default": ("trl", "huggingface.py"),
     "trainer-best": ("trl", "huggingface.py"),
     "litgpt": ("litgpt", "litgpt_side.py"),
-    "llamafactory": ("llamafactory", "llamafactory_side.py"),
-    "torchtune": ("torchtune", "torchtune_side.py"),
 }
 """From a peer to its environment and the script that runs in it."""
 
