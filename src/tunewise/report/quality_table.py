@@ -41,7 +41,7 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in columns:
         is_number = name in ("measured", "floor", "after", "before")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(name, justify="right" if is_number else "left")
     return table
 
 
