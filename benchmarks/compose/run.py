@@ -2,12 +2,12 @@
 
     python benchmarks/compose/run.py --recipes 200 --seed 0 --json OUT [--seconds N] [--only 17,21]
 
-A recipe that is accepted has to train three steps within the memory that its dry run predicted (1 %), with the first
-loss and gradient of its plain form, without moving what is frozen, and what it saves has to be read again with the
-same logits. A recipe that is refused with a `Conflict` has to be refused by dry and real run alike, and where a
-method stated the conflict, the same recipe is tried without asking: the refusal is true when that breaks one of the
-rules above. Everything else is "wrong". With --seconds no recipe begins after so long, and the same command goes on;
-recipes that were tried by another version of tunewise are tried again.
+A recipe that is accepted has to train three steps within the memory that its dry run predicted (1 %, and in 16 bits
+oneDNN's scratchpad), with the first loss and gradient of its plain form, without moving what is frozen, and what it
+saves has to be read again with the same logits. A recipe that is refused with a `Conflict` has to be refused by dry and
+real run alike, and where a method stated the conflict, the same recipe is tried without asking: the refusal is true
+when that breaks one of the rules above. Everything else is "wrong". With --seconds no recipe begins after so long, and
+the same command goes on; recipes that were tried by another version of tunewise are tried again.
 """
 
 from __future__ import annotations

@@ -49,16 +49,20 @@ SHARES = {
     Slot.ACTIVATIONS: 0.4,
     Slot.LOSS: 0.5,
     Slot.OPTIMIZER: 0.7,
+    Slot.STORAGE: 0.08,
 }
 """How often a slot is filled by name; the adapters' slot has its own rule."""
 
-COMPUTE = ("fp32",) * 5 + ("bf16",) * 5 + ("fp16", "fp16", "tf32")
+COMPUTE = ("fp32",) * 8 + ("bf16",) * 8 + ("fp16",) * 3 + ("tf32",)
 """Dtypes, as often as they are drawn."""
 
 TWICE = 0.03
 """How often a slot gets two methods."""
 
 NUM_ADAPTERS = ((0, 0.2), (1, 0.5), (2, 0.22), (3, 0.08))
+
+MENDED = 0.85
+"""How often contradictions that a reader of the method cards would see are taken back."""
 
 SECOND_LOW_RANK = 0.15
 """How often a second low-rank update is left where the draw has put it."""
@@ -103,11 +107,14 @@ def draw_case(seed: int, number: int) -> Case:
     draw = random.Random(f"{seed} {number}")
     architecture = draw.choice(sorted(ARCHITECTURES))
     names = [name for slot in Slot for name in _names_in(slot, draw)]
-    if "qalora" in names and "quantize" not in names and draw.random() < 0.8:
+    if "stream" in names and draw.random() < MENDED:
+        names = [name for name in names if BY_NAME[name].slot not in (Slot.ADAPTER, Slot.ACTIVATIONS)]
+        names += ["lora", "checkpointing"]
+    if "qalora" in names and "quantize" not in names and draw.random() < MENDED:
         names.append("quantize")
     methods = {name: _options(name, draw, architecture) for name in names}
-    if "qalora" in names and "quantize" in names and draw.random() < 0.8:
-        methods["quantize"] = {"kind": draw.choice(("int4", "int3", "int2")), "block_size": 32}
+    if draw.random() < MENDED:
+        _mend(methods, draw)
     peft = methods.get("peft")
     if peft is not None and peft["kind"] not in PROMPTS and architecture not in LLAMAS:
         architecture = draw.choice(LLAMAS)
@@ -123,6 +130,23 @@ def draw_case(seed: int, number: int) -> Case:
         length=draw.choice((48, 64, 96)),
         micro_batches=1 if in_backward else draw.choice((1, 1, 2)),
     )
+
+
+def _mend(methods: dict[str, Options], draw: random.Random) -> None:
+    """Take back what a reader of the method cards would not have written."""
+    if "qalora" in methods and "quantize" in methods:
+        methods["quantize"] = {"kind": draw.choice(("int4", "int3", "int2")), "block_size": 32}
+    if "lora" in methods:
+        impossible = {"pissa"} if "quantize" in methods else {"loftq"}
+        impossible |= {"pissa", "loftq"} if "stream" in methods else set()
+        if methods["lora"]["init"] in impossible:
+            methods["lora"]["init"] = "kaiming"
+    if "pad" in methods and methods.keys() & {"qalora", "dylora"}:
+        methods["pad"] = {"rank": None}
+    if "stream" in methods and "checkpointing" in methods:
+        methods["checkpointing"]["every"] = 1
+    if methods.get("precision", {}).get("compute") == "fp16":
+        methods["precision"]["trainable"] = "fp32"
 
 
 def _names_in(slot: Slot, draw: random.Random) -> list[str]:
@@ -167,7 +191,7 @@ def _options(name: str, draw: random.Random, architecture: str) -> Options:
             "compute": choose(COMPUTE),
             "trainable": choose(("fp32", "same")),
         },
-        "attention": {"kind": choose(("per_document", "sdpa", "eager") * 3 + ("flash",))},
+        "attention": {"kind": choose(("per_document", "sdpa", "eager") * 6 + ("flash",))},
         "checkpointing": {"every": choose((1, 1, 2)), "policy": choose(("full", "selective"))},
         "supervised_loss": {"chunk_tokens": choose((16, 1024))},
         "sgd": {"momentum": choose((0.0, 0.9))},
