@@ -53,6 +53,8 @@ CHANGES: tuple[dict[str, Any], ...] = (
                   "max_grad_norm": 0.5}},
     {"training": {"epochs": 0.5, "schedule": "inverse_sqrt", "final_learning_rate": 0.1, "max_grad_norm": None}},
     {"evaluation": {"every": 40, "patience": 2}, "checkpoints": {"every": 100}},
+    {"data": {"source": "owner/chats", "format": "messages", "replay": {"fraction": 0.05}},
+     "evaluation": {"forgetting_budget": 0.05}},
     {"batch": {"supervised_tokens": 4096}, "seed": 2**40, "report_to": ["wandb", "trackio"], "device": "cpu"},
     {"batch": {"documents": 15, "micro_batch_size": 4}},
 )  # fmt: skip

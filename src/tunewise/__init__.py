@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunewise.api import export_merged, export_rank, resume, train
+    from tunewise.api import export_adapter, export_merged, export_rank, resume, sweep_scale, train
     from tunewise.errors import Conflict, DoesNotFit, InputError, MissingBackend, TunewiseError
     from tunewise.evaluation import evaluate
     from tunewise.export.parts import load_adapter
@@ -30,6 +30,8 @@ _HOMES = {
     "load_adapter": "tunewise.export.parts",
     "load_quantized": "tunewise.export.quantized",
     "evaluate": "tunewise.evaluation",
+    "export_adapter": "tunewise.api",
+    "sweep_scale": "tunewise.api",
     "Result": "tunewise.export.result",
     "plan": "tunewise.planner.plan",
     "Plan": "tunewise.planner.plan",
@@ -51,12 +53,14 @@ __all__ = [
     "Result",
     "TunewiseError",
     "evaluate",
+    "export_adapter",
     "export_merged",
     "export_rank",
     "load_adapter",
     "load_quantized",
     "plan",
     "resume",
+    "sweep_scale",
     "train",
     "tune",
 ]

@@ -1,4 +1,4 @@
-"""The main line from Python: `train(recipe)`, `resume(folder)`, `export_merged` and `export_rank`."""
+"""The main line from Python: `train(recipe)`, `resume(folder)`, and what can be done with a finished run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from tunewise.engine.assemble import Plan, assemble, settle
-from tunewise.engine.checkpoint import list_checkpoints, load_checkpoint
+from tunewise.engine.checkpoint import list_checkpoints
+from tunewise.engine.finished import fingerprints_of, refuse_changes
 from tunewise.engine.run_folder import RunFolder
-from tunewise.engine.state import restore_trainable
 from tunewise.engine.train import Observe, Training
 from tunewise.errors import InputError
 from tunewise.evaluation import Judge, write_report
-from tunewise.export.finish import Saved, cut_run, save_cut, save_merged, save_result
+from tunewise.export.afterwards import export_adapter, export_merged, export_rank, sweep_scale
+from tunewise.export.finish import save_result
 from tunewise.export.result import Result
 from tunewise.methods.method import Run
 from tunewise.methods.reading import load_recipe, recipe_from_mapping
 from tunewise.planner.calibration import learn_from_run
 from tunewise.recipe import Recipe
 from tunewise.report.trackers import open_trackers
-from tunewise.workload.model import model_fingerprint
+
+__all__ = ["as_recipe", "export_adapter", "export_merged", "export_rank", "resume", "sweep_scale", "train"]
 
 Announce = Callable[[Plan, Path], None]
 
@@ -56,7 +58,7 @@ def train(
     try:
         with open_trackers(plan.recipe, folder.path) as track:
             run = assemble(plan)  # before recipe.yaml is written: what fails here is no run that could be resumed
-            folder.write_start(plan.recipe, _fingerprints(plan))
+            folder.write_start(plan.recipe, fingerprints_of(plan))
             result = _run(run, plan, folder, _both(track, observe), resume_it=False)
             learn_from_run(recipe.id, folder.path / "metrics.jsonl")
             return result
@@ -82,7 +84,7 @@ def resume(
     home.open()
     try:
         plan = settle(load_recipe(home.recipe_file))
-        _refuse_changes(plan, home, ("recipe", "data", "model"), f"The run in '{folder}' cannot go on")
+        refuse_changes(plan, home, ("recipe", "data", "model"), f"The run in '{folder}' cannot go on")
         announce(plan, home.path)
         with open_trackers(plan.recipe, home.path) as track:
             begun = bool(list_checkpoints(home.checkpoints))
@@ -91,63 +93,13 @@ def resume(
         home.close()
 
 
-def export_merged(folder: str | Path, destination: str | Path, *, rank: int | None = None) -> Saved:
-    """Merge a finished run's adapter into its base and save one model, read again and compared.
-
-    Args:
-        folder: the run.
-        destination: a new folder.
-        rank: of what 'dylora' trained, how many ranks; None: all of the adapter.
-
-    Raises:
-        InputError: there is no run, it has no checkpoint, or the destination is not empty.
-        VerificationError: the saved model's logits differ from the trained one's.
-    """
-    run, plan = _trained(folder, Path(destination))
-    if rank is not None:
-        cut_run(run, rank)
-    return save_merged(run, plan.tokenizer, Path(destination))
-
-
-def export_rank(folder: str | Path, rank: int, destination: str | Path | None = None) -> Saved:
-    """Save the first `rank` ranks of a finished DyLoRA run as an ordinary PEFT LoRA adapter, read again and compared.
-
-    Args:
-        folder: the run.
-        rank: how many ranks.
-        destination: a new folder; None: `adapter-rank-R` in the run's.
-
-    Raises:
-        InputError: as `export_merged`, or the run has no such rank.
-        VerificationError: the saved adapter's logits differ from the trained one's.
-    """
-    target = Path(destination) if destination is not None else Path(folder) / f"adapter-rank-{rank}"
-    run, plan = _trained(folder, target)
-    return save_cut(run, rank, plan.tokenizer, target)
-
-
-def _trained(folder: str | Path, target: Path) -> tuple[Run, Plan]:
-    """Return a finished run as its training left it, once it is sure that `target` is free."""
-    home = RunFolder(Path(folder))
-    if not home.recipe_file.is_file():
-        raise InputError(f"There is no run in '{folder}': it has no recipe.yaml.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"The destination '{target}' is not empty; name a new folder.")
-    recipe = load_recipe(home.recipe_file)
-    tensors = _result_tensors(home, recipe.evaluation.keep_best)
-    plan = settle(recipe)
-    _refuse_changes(plan, home, ("recipe", "model"), f"The run in '{folder}' cannot be exported")
-    run = assemble(plan)
-    restore_trainable(run, tensors)
-    return run, plan
-
-
 def _run(run: Run, plan: Plan, folder: RunFolder, observe: Observe, *, resume_it: bool) -> Result:
     judge = Judge(plan, run) if plan.recipe.quality.gate else None  # now, while the run is still the base
-    training = Training(run, plan.data.train, plan.data.validation, plan.num_steps, folder, observe)
+    data = plan.data
+    training = Training(run, data.train, data.validation, plan.num_steps, folder, observe, general=data.general)
     if resume_it:
         training.resume()
-    for note in run.notes:
+    for note in (*([data.replayed] if data.replayed else []), *run.notes):
         training.record({"event": "note", "message": note})
     outcome = training.run()
     saved = save_result(run, plan.tokenizer, folder.path)
@@ -165,33 +117,12 @@ def _run(run: Run, plan: Plan, folder: RunFolder, observe: Observe, *, resume_it
     return Result(plan.recipe, outcome, folder.path, saved, report)
 
 
-def _refuse_changes(plan: Plan, home: RunFolder, names: tuple[str, ...], refused: str) -> None:
-    """Raise InputError when one of recipe, data and model is not what the run was started with."""
-    known, present = home.fingerprints(), _fingerprints(plan)
-    for name in names:
-        if known.get(name) != present[name]:
-            raise InputError(
-                f"{refused}: {_CHANGED[name]} changed since it was started. Undo the change, or start a new run."
-            )
-
-
 def _both(first: Observe, second: Observe) -> Observe:
     def observe(entry: dict[str, Any]) -> None:
         first(entry)
         second(entry)
 
     return observe
-
-
-def _result_tensors(home: RunFolder, keep_best: bool) -> dict[str, Any]:
-    """Read the state that counts: the best one where the recipe keeps it, else the last one."""
-    checkpoints = list_checkpoints(home.checkpoints)
-    if not checkpoints:
-        raise InputError(f"The run in '{home.path}' has no checkpoint to export.")
-    tensors, state = load_checkpoint(checkpoints[-1][1])
-    best = state["progress"]["best_step"]
-    kept = dict(checkpoints)
-    return load_checkpoint(kept[best])[0] if keep_best and best in kept else tensors
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -214,14 +145,3 @@ def _new_folder(wanted: Path | None, recipe: Recipe) -> RunFolder:
     stem = Path(recipe.data.source).name.split(".")[0] or "run"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     return RunFolder(next(path for name in names if not (path := Path("runs") / name).exists()))
-
-
-_CHANGED = {"data": "the data", "recipe": "the recipe", "model": "the model"}
-
-
-def _fingerprints(plan: Plan) -> dict[str, str]:
-    return {
-        "recipe": plan.recipe.id,
-        "data": plan.data.data_fingerprint,
-        "model": model_fingerprint(plan.recipe.model),
-    }

@@ -46,8 +46,9 @@ class Slot(enum.IntEnum):
     ACTIVATIONS = 7
     LOSS = 8
     OPTIMIZER = 9
-    KERNELS = 10
-    COMPILE = 11
+    REGULARIZER = 10
+    KERNELS = 11
+    COMPILE = 12
 
 
 class Fidelity(enum.StrEnum):
@@ -97,8 +98,19 @@ class ModelSpec(Value):
     allow_pickle: bool = False
 
 
+class ReplaySpec(Value):
+    """General text that is mixed into the training documents, so that the model does not forget it.
+
+    `fraction` is its share of all supervised tokens of the training (1 to 25 % are usual); `source` is "default" (the
+    source text of the Python standard library) or what `DataSpec.source` may be.
+    """
+
+    fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    source: str = "default"
+
+
 class DataSpec(Value):
-    """Which records: a file, a folder, a hub data set id or "stdlib", and how they are read, cut and split."""
+    """Which records: a file, a folder, a hub data set id or "stdlib", and how they are read, cut, split and mixed."""
 
     source: str
     format: DataFormat = "auto"
@@ -109,6 +121,7 @@ class DataSpec(Value):
     too_long: Literal["cut", "drop", "split", "error"] | None = None
     system_prompt: str | None = None
     max_records: PositiveInt | None = None
+    replay: ReplaySpec | None = None
 
 
 class BatchSpec(Value):
@@ -160,13 +173,27 @@ class TrainingSpec(Value):
 
 
 class EvaluationSpec(Value):
-    """How often the validation loss is taken, whether the best state is kept, and when to stop early."""
+    """How often the validation loss is taken, whether the best state is kept, and when to stop early.
+
+    With `general_text` ("default" or what `DataSpec.source` may be) each evaluation takes the loss on that text too, on
+    `general_tokens` tokens of it. `forgetting_budget` is by how many nats per token it may rise above what it was
+    before training: the first evaluation above ends the training, and no state above counts as the best.
+    """
 
     every: PositiveInt | None = None
     max_documents: PositiveInt = 500
     keep_best: bool = True
     patience: PositiveInt | None = None
     micro_batch_size: PositiveInt | None = None
+    general_text: str | None = None
+    general_tokens: PositiveInt = 8192
+    forgetting_budget: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _budget_keeps_the_best(self) -> Self:
+        if self.forgetting_budget is not None and not self.keep_best:
+            raise ValueError("forgetting_budget keeps the best state within it; set keep_best to true")
+        return self
 
 
 class CheckpointSpec(Value):

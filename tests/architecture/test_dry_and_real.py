@@ -20,7 +20,7 @@ PARTINGS = {
     # Kernels are compiled, and modules proved to be what they are replaced by, by comparing values.
     "methods/fused.py apply": 2,
     # The head is proved to be what we take it for by comparing values.
-    "methods/loss.py apply": 1,
+    "methods/loss.py verified_head": 1,
     # CUDA's paged memory cannot be fake.
     "methods/optimizers.py apply": 1,
     # Some kinds of peft's read the weights, or turn masks into numbers of places.

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from tunewise.methods import BY_NAME
 from tunewise.methods.reading import method_from_mapping
-from tunewise.recipe import BatchSpec, CheckpointSpec, DataSpec, EvaluationSpec, Method, ModelSpec, Recipe, TrainingSpec
+from tunewise.recipe import (
+    BatchSpec,
+    CheckpointSpec,
+    DataSpec,
+    EvaluationSpec,
+    Method,
+    ModelSpec,
+    Recipe,
+    ReplaySpec,
+    TrainingSpec,
+)
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12)
 COUNTS = st.integers(1, 10**9)
@@ -79,6 +89,8 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "checkpointing": {"every": COUNTS, "policy": st.sampled_from(["full", "selective"])},
     "whole_loss": {},
     "supervised_loss": {"chunk_tokens": COUNTS},
+    "kl_to_base": {"beta": POSITIVE, "chunk_tokens": COUNTS},
+    "l2_sp": {"strength": POSITIVE},
     "sgd": {**IN_BACKWARD, "momentum": BELOW_ONE, "nesterov": st.booleans()},
     "adagrad": {**IN_BACKWARD, "eps": POSITIVE},
     "rmsprop": {**IN_BACKWARD, "decay": BELOW_ONE, "momentum": BELOW_ONE, "nesterov": st.booleans(), "eps": POSITIVE},
@@ -126,6 +138,7 @@ def methods(draw: st.DrawFn) -> tuple[Method, ...]:
 def recipes(draw: st.DrawFn) -> Recipe:
     """Draw a recipe that is valid by itself; its methods may contradict each other."""
     end = draw(st.sampled_from(["epochs", "steps", "tokens", None]))
+    keep_best = draw(st.booleans())
     size = draw(st.sampled_from(["documents", "supervised_tokens", "gradient_accumulation_steps", None]))
     return Recipe(
         model=ModelSpec(
@@ -143,6 +156,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             max_length=draw(st.none() | COUNTS),
             too_long=draw(st.sampled_from([None, "cut", "drop", "split", "error"])),
             system_prompt=draw(st.none() | WORDS),
+            replay=draw(st.none() | st.builds(ReplaySpec, fraction=st.floats(0.001, 0.5), source=WORDS)),
         ),
         objective=draw(st.sampled_from(["sft", "continue", "pretrain"])),
         methods=draw(st.none() | methods()),
@@ -162,7 +176,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
             **({} if end is None else {end: draw(st.integers(1, 1000))}),
         ),
         evaluation=EvaluationSpec(
-            every=draw(st.none() | COUNTS), patience=draw(st.none() | COUNTS), keep_best=draw(st.booleans())
+            every=draw(st.none() | COUNTS),
+            patience=draw(st.none() | COUNTS),
+            keep_best=keep_best,
+            general_text=draw(st.none() | WORDS),
+            general_tokens=draw(COUNTS),
+            forgetting_budget=draw(st.none() | SHARES) if keep_best else None,
         ),
         checkpoints=CheckpointSpec(every=draw(st.none() | COUNTS), keep=draw(COUNTS)),
         seed=draw(st.integers(0, 2**63 - 1)),

@@ -93,7 +93,7 @@ def test_every_method_has_its_place() -> None:
         assert kind.slot in Slot
         assert kind.fidelity is not None
     assert [kind.slot for kind in ALL] == sorted(kind.slot for kind in ALL)
-    assert len(BY_NAME) == len(ALL) == 33
+    assert len(BY_NAME) == len(ALL) == 35
 
 
 @pytest.mark.parametrize(

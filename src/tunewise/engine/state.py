@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class Progress:
         validation_loss: the last validation loss.
         best_loss, best_step: the lowest validation loss after a step of training, and that step.
         evaluations_since_best: for patience.
+        first_general_loss, general_loss, best_general_loss: the loss on the general text before training, at the last
+            evaluation, and at the best step.
         micro_batch_size, row_tokens: the present layout, smaller than the recipe's after running out of memory.
         evaluation_micro_batch_size, evaluation_row_tokens: the same of evaluation, which shrinks by itself.
         seconds: time spent in training, over all resumptions.
@@ -48,8 +51,18 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    first_general_loss: float | None = None
+    general_loss: float | None = None
+    best_general_loss: float | None = None
     seconds: float = 0.0
     finished: str | None = None
+
+    @property
+    def forgetting(self) -> float | None:
+        """By how much the loss on the general text rose, in nats per token; None when nobody measures it."""
+        if self.general_loss is None or self.first_general_loss is None:
+            return None
+        return self.general_loss - self.first_general_loss
 
     def layout(self, base: Layout) -> Layout:
         """Return `base` with the present sizes."""
@@ -121,8 +134,7 @@ def restore_trainable(run: Run, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes differ.
     """
-    present = dict(run.trainable())
-    saved = {name.removeprefix(_TRAINABLE): value for name, value in tensors.items() if name.startswith(_TRAINABLE)}
+    present, saved = dict(run.trainable()), trainable_of(tensors)
     if present.keys() != saved.keys():
         differing = sorted(present.keys() ^ saved.keys())
         raise CheckpointError(f"The checkpoint holds other parameters than the recipe trains, e.g. {differing[0]}.")
@@ -137,6 +149,11 @@ def restore_trainable(run: Run, tensors: dict[str, Tensor]) -> None:
     for method, companion in run.companions.items():
         prefix = f"{_COMPANION}{method}/"
         companion.restore({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+
+
+def trainable_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the trainable parameters' values in a captured state, by name."""
+    return {name.removeprefix(_TRAINABLE): value for name, value in tensors.items() if name.startswith(_TRAINABLE)}
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -47,6 +47,8 @@ def gradients(
 ) -> Tensor:
     """Add the gradients of one global step to the parameters and return its loss (nats per supervised token).
 
+    Where a method minimises more than the loss (`run.objective`), that is what is returned.
+
     Args:
         run: the run; its model is in training mode.
         batches: the micro-batches of the step, made one after another.
@@ -61,7 +63,7 @@ def gradients(
         on_device = batch.to(run.device)
         run.documents.lengths = on_device.document_lengths
         with autocast(run), run.saved_tensors():
-            loss = run.loss(run, on_device) / num_supervised
+            loss = (run.objective or run.loss)(run, on_device) / num_supervised
         total += loss.detach()
         for penalty in run.penalties:  # by shares, so that any split into micro-batches adds it once
             loss = loss + penalty() * (batch.num_supervised / num_supervised)

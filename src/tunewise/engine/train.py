@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from tunewise.engine.step import (
     update,
     update_in_backward,
 )
-from tunewise.errors import CheckpointError, Conflict, Interrupted, TrainingDiverged
+from tunewise.errors import CheckpointError, Conflict, InputError, Interrupted, TrainingDiverged
 from tunewise.methods.method import Run
 from tunewise.workload.batches import GlobalBatches, MicroBatch
 from tunewise.workload.corpus import Corpus
@@ -65,6 +65,8 @@ class Outcome:
         first_loss: validation loss before the first step, nats per supervised token; None without validation data.
         best_loss, best_step: the lowest validation loss after a step of training, and that step; with
             `evaluation.keep_best` that state is what is in the model now.
+    forgetting: by how much the loss on the general text is above what it was before training, in nats per token, for
+        the state that is in the model now; None where it was not measured.
         tokens, supervised_tokens, seconds: the work done, over all resumptions.
         peak_memory_bytes: the most that the device held (CUDA), or the largest resident size seen (CPU).
     """
@@ -74,6 +76,7 @@ class Outcome:
     first_loss: float | None
     best_loss: float | None
     best_step: int | None
+    forgetting: float | None
     tokens: int
     supervised_tokens: int
     seconds: float
@@ -92,6 +95,7 @@ class Training:
         folder: RunFolder,
         observe: Observe,
         *,
+        general: Corpus | None = None,
         saves: bool = True,
         measures_noise: bool = False,
     ) -> None:
@@ -103,6 +107,7 @@ class Training:
             num_steps: optimizer steps of the whole run.
             folder: an open run folder.
             observe: called with every line that goes to `metrics.jsonl`.
+            general: general text, whose loss every evaluation takes too.
             saves: whether checkpoints are written; a trial that nobody resumes does without.
             measures_noise: whether the gradient's noise is taken from steps of several micro-batches (`noise`); it
                 keeps a copy of what the gradients were before.
@@ -115,6 +120,12 @@ class Training:
         self.num_steps, self.folder, self._observe = num_steps, folder, observe
         self.batches = GlobalBatches(train, recipe.batch, recipe.seed)
         self.validation_documents = list(range(min(len(validation), recipe.evaluation.max_documents)))
+        self.general = general
+        if recipe.evaluation.forgetting_budget is not None and (general is None or not self.validation_documents):
+            raise InputError(
+                "evaluation.forgetting_budget: the best state within the budget is found by the validation loss and "
+                "the loss on general text; one of the two is missing. Set data.validation_fraction above 0."
+            )
         self.optimizer = run.make_optimizer(parameter_groups(run))
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.use_grad_scaler)
         size, row_tokens = run.layout.micro_batch_size, run.layout.row_tokens
@@ -263,34 +274,47 @@ class Training:
 
     def _evaluate(self, stop: StopRequest) -> None:
         progress, started = self.progress, time.perf_counter()
-        loss = self._validation_loss_that_fits(stop)
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise TrainingDiverged(f"The validation loss after step {progress.step} is {loss}. The checkpoints stay.")
-        progress.evaluated_step, progress.validation_loss = progress.step, loss
+        loss = self._loss_that_fits(self.validation, self.validation_documents, stop)
+        general = None
+        if self.general is not None:
+            general = self._loss_that_fits(self.general, range(len(self.general)), stop)
+        if loss is None or (general is None and self.general is not None):
+            return  # asked to stop: the evaluation is done again after the resume
+        if not math.isfinite(loss) or not math.isfinite(general or 0.0):
+            raise TrainingDiverged(
+                f"The validation loss after step {progress.step} is {loss}"
+                + ("" if general is None else f", the loss on the general text {general}")
+                + ". The checkpoints stay."
+            )
+        progress.evaluated_step, progress.validation_loss, progress.general_loss = progress.step, loss, general
         if progress.step == 0:  # what is measured here is where training starts, no result of it
-            self.first_loss = loss
-        elif progress.best_loss is None or loss < progress.best_loss:
+            self.first_loss, progress.first_general_loss = loss, general
+        elif self._is_within_budget() and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
+            progress.best_general_loss = general
         else:
             progress.evaluations_since_best += 1
         progress.seconds += time.perf_counter() - started
         is_best = progress.best_step == progress.step
-        self.record({"event": "evaluation", "step": progress.step, "validation_loss": loss, "is_best": is_best})
+        entry = {"event": "evaluation", "step": progress.step, "validation_loss": loss, "is_best": is_best}
+        self.record(entry if general is None else {**entry, "general_loss": general})
 
-    def _validation_loss_that_fits(self, stop: StopRequest) -> float | None:
-        """Take the validation loss, in a smaller layout (evaluation's own) whenever memory runs out."""
-        run, progress, documents = self.built, self.progress, self.validation_documents
+    def _loss_that_fits(self, corpus: Corpus, documents: Sequence[int], stop: StopRequest) -> float | None:
+        """Take the loss over documents, in a smaller layout (evaluation's own) whenever memory runs out."""
+        run, progress = self.built, self.progress
         while True:
             layout = progress.evaluation_layout(run.layout)
             try:
-                return validation_loss(run, self.validation, documents, layout, lambda: bool(stop))
+                return validation_loss(run, corpus, documents, layout, lambda: bool(stop))
             except (RuntimeError, MemoryError) as error:
-                layout = smaller_layout(self, error, "evaluation", layout, self.validation.lengths[documents])
+                layout = smaller_layout(self, error, "evaluation", layout, corpus.lengths[documents])
             progress.evaluation_micro_batch_size = layout.micro_batch_size
             progress.evaluation_row_tokens = layout.row_tokens
             self._free_cached_memory()
+
+    def _is_within_budget(self) -> bool:
+        budget, forgetting = self.built.recipe.evaluation.forgetting_budget, self.progress.forgetting
+        return budget is None or forgetting is None or forgetting <= budget
 
     def _is_new_best(self) -> bool:
         progress = self.progress
@@ -302,6 +326,18 @@ class Training:
             progress.finished = "all steps done"
         elif patience is not None and progress.evaluations_since_best >= patience:
             progress.finished = f"no better validation loss for {patience} evaluations"
+        elif not self._is_within_budget():
+            progress.finished = self._over_budget()
+
+    def _over_budget(self) -> str:
+        progress = self.progress
+        said = (
+            f"forgetting of {progress.forgetting:.3f} nats after step {progress.step}, over the budget of "
+            f"{self.built.recipe.evaluation.forgetting_budget:g}"
+        )
+        if progress.best_step is None:
+            said += "; no evaluation was within it, so what is kept is over it too: evaluate more often, or replay"
+        return said
 
     def _save(self) -> None:
         progress = self.progress
@@ -337,6 +373,14 @@ class Training:
             raise CheckpointError(f"The best state (step {progress.best_step}) cannot be restored. {error}") from error
         restore_trainable(self.built, tensors)
 
+    def _forgetting_of_what_is_kept(self) -> float | None:
+        progress = self.progress
+        if not self.built.recipe.evaluation.keep_best or None in (progress.best_general_loss, progress.best_step):
+            return progress.forgetting
+        assert progress.best_general_loss is not None
+        assert progress.first_general_loss is not None
+        return progress.best_general_loss - progress.first_general_loss
+
     def _memory_bytes(self) -> int:
         if self.built.device.type == "cuda":
             self._peak_bytes = torch.cuda.max_memory_allocated(self.built.device)
@@ -358,6 +402,7 @@ class Training:
             first_loss=self.first_loss,
             best_loss=progress.best_loss,
             best_step=progress.best_step,
+            forgetting=self._forgetting_of_what_is_kept(),
             tokens=progress.tokens,
             supervised_tokens=progress.supervised_tokens,
             seconds=progress.seconds,

@@ -16,13 +16,16 @@ _ARRAYS = ("token_ids", "is_supervised", "offsets")
 
 
 def store(data: Prepared, folder: Path) -> None:
-    """Write the training and the validation documents into `folder`."""
+    """Write the training and the validation documents, and the general text if there is one, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, corpus in (("train", data.train), ("validation", data.validation)):
+    for name, corpus in (("train", data.train), ("validation", data.validation), ("general", data.general)):
+        if corpus is None:
+            continue
         for array in _ARRAYS:
             np.save(folder / f"{name}.{array}.npy", getattr(corpus, array), allow_pickle=False)
         write_whole(folder / f"{name}.origins.json", json.dumps(list(corpus.origins)))
-    write_whole(folder / "data.json", json.dumps({"fingerprint": data.data_fingerprint}))
+    content = {"fingerprint": data.data_fingerprint, "has_general": data.general is not None, "replayed": data.replayed}
+    write_whole(folder / "data.json", json.dumps(content))
 
 
 def load(folder: Path) -> Prepared:
@@ -36,8 +39,12 @@ def load(folder: Path) -> Prepared:
         length_quantiles=(),
         share_cut=0.0,
     )
-    fingerprint = json.loads((folder / "data.json").read_text(encoding="utf-8"))["fingerprint"]
-    return Prepared(train, validation, [], Diagnosis((), statistics), fingerprint)
+    content = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    general = _corpus(folder, "general") if content.get("has_general") else None
+    diagnosis = Diagnosis((), statistics)
+    return Prepared(
+        train, validation, [], diagnosis, content["fingerprint"], general=general, replayed=content.get("replayed", "")
+    )
 
 
 def _corpus(folder: Path, name: str) -> Corpus:

@@ -19,6 +19,7 @@ from tunewise.methods import (
     Attention,
     Checkpointing,
     Fused,
+    KLToBase,
     LoRA,
     Packing,
     Precision,
@@ -251,7 +252,7 @@ def _has_prompts(base: Recipe) -> bool:
 
 
 def _loss(base: Recipe) -> list[Switch]:
-    if _has_prompts(base):
+    if _has_prompts(base) or base.get(KLToBase) is not None:  # its divergence is a part of what is learnt
         return []
     on = Option("supervised loss", (base.get(SupervisedLoss) or SupervisedLoss(),))
     whole = base.get(WholeLoss)
@@ -297,7 +298,7 @@ def _checkpointing(base: Recipe) -> list[Switch]:
 def _tuning(base: Recipe) -> list[Switch]:
     """LoRA over full fine-tuning, NF4 over LoRA; a recipe without LoRA is not turned into one with it."""
     lora = base.get(LoRA)
-    if lora is None or base.objective == "pretrain":
+    if lora is None or base.objective == "pretrain" or base.get(KLToBase) is not None:  # whose base LoRA holds
         return []
     adapters: tuple[Method, ...] = tuple(method for method in base.in_slot(Slot.ADAPTER))
     on = Option("LoRA", adapters, fidelity=Fidelity.LEARNING)

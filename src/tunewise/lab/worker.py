@@ -51,7 +51,8 @@ def _learn(asked: Trial, plan: Plan, folder: Path) -> Measurement:
     """Train to the end; nothing is saved, since nobody resumes a trial."""
     recipe = plan.recipe
     every = max(1, plan.num_steps // max(1, asked.evaluations))
-    evaluation = recipe.evaluation.model_copy(update={"every": every, "keep_best": False, "patience": None})
+    always = {"patience": None, "forgetting_budget": None}  # arms are compared where all of them have learnt the same
+    evaluation = recipe.evaluation.model_copy(update={"every": every, "keep_best": False, **always})
     run = assemble(plan_with(plan, recipe.replace(evaluation=evaluation)))
     home = RunFolder(folder / "work")
     home.open()

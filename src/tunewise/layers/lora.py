@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -53,6 +55,7 @@ class LoRALinear(nn.Module):
         dropout: probability with which an input of the update is zeroed in training.
         in_place: whether the update is added into the base layer's output, which spares a copy of it; off
             where that output is kept for recomputation (selective checkpointing).
+        is_off: whether the layer computes what its base layer computed before it was adapted, see `adapters_off`.
         initial_a, initial_b: the factors that PiSSA took out of the base weight, else None.
     """
 
@@ -77,6 +80,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.in_place = True
+        self.is_off = False
         self.register_buffer("initial_a", None)
         self.register_buffer("initial_b", None)
 
@@ -94,6 +98,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if self.is_off:
+            return self._unadapted(input)
         drops = self.training and self.dropout > 0.0
         if drops or any(parameter.requires_grad for parameter in self.base_layer.parameters()):
             return lora_linear_reference(
@@ -107,6 +113,13 @@ class LoRALinear(nn.Module):
         return lora_linear(
             input, self.base_layer, self.lora_A.weight, self.lora_B.weight, self.scale, in_place=self.in_place
         )
+
+    def _unadapted(self, input: Tensor) -> Tensor:
+        """Compute the original base layer; PiSSA has taken a part of its weight out, which is put back here."""
+        if self.initial_a is None or self.initial_b is None:
+            output: Tensor = self.base_layer(input)
+            return output
+        return lora_linear_reference(input, self.base_layer, self.initial_a, self.initial_b, self.scale)
 
     @torch.no_grad()
     def initialize(self, init: LoraInit, generator: torch.Generator | None = None) -> None:
@@ -201,6 +214,35 @@ class LoRALinear(nn.Module):
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Return the model's LoRA layers by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let `model` be its own base: within, no LoRA layer adds its update. No second model is in memory.
+
+    What an adapter trains besides (`modules_to_save`, norms) is not undone; see `adapted_only`.
+    """
+    layers = [layer for layer in lora_layers(model).values() if not layer.is_off]
+    for layer in layers:
+        layer.is_off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_off = False
+
+
+def adapted_only(model: nn.Module) -> bool:
+    """Whether LoRA factors are all that is trained, so that `adapters_off` gives back the base exactly."""
+    layers = lora_layers(model).values()
+    factors = {id(factor.weight) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
+    is_all = bool(factors) and all(id(p) in factors for p in model.parameters() if p.requires_grad)
+    return is_all and all(is_plain(layer) for layer in layers)
+
+
+def is_plain(layer: LoRALinear) -> bool:
+    """Whether the layer computes W x + s B A x with all of B and A, which relatives such as DoRA and DyLoRA do not."""
+    return type(layer).forward is LoRALinear.forward
 
 
 def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> None:

@@ -24,10 +24,11 @@ from tunewise.layers.lora import LoRALinear
 
 
 def are_plain_lora(layers: Sequence[nn.Module]) -> bool:
-    """Say whether all layers are LoRA over frozen ones, without dropout at present, and may be updated in place."""
+    """Say whether all layers are LoRA over frozen ones, at present on, without dropout, and may be updated in place."""
     return all(
         type(layer) is LoRALinear  # its relatives compute something else
         and layer.in_place
+        and not layer.is_off
         and not (layer.training and layer.dropout > 0.0)
         and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
         for layer in layers

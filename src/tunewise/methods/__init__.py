@@ -34,6 +34,7 @@ from tunewise.methods.peft import Peft
 from tunewise.methods.precision import Precision
 from tunewise.methods.qalora import QALoRA
 from tunewise.methods.quantization import Quantize
+from tunewise.methods.retention import L2SP, KLToBase
 from tunewise.methods.streaming import Stream
 from tunewise.recipe import Method
 
@@ -56,6 +57,7 @@ ALL: tuple[type[Method], ...] = (
     OffloadActivations,
     WholeLoss,
     SupervisedLoss,
+    KLToBase,
     SGD,
     Adagrad,
     RMSProp,
@@ -69,6 +71,7 @@ ALL: tuple[type[Method], ...] = (
     AdamMini,
     Apollo,
     FP8LM,
+    L2SP,
     Pad,
     Fused,
 )
@@ -80,6 +83,7 @@ __all__ = [
     "ALL",
     "BY_NAME",
     "FP8LM",
+    "L2SP",
     "SGD",
     "Adafactor",
     "Adagrad",
@@ -97,6 +101,7 @@ __all__ = [
     "Freeze",
     "Fused",
     "Initialize",
+    "KLToBase",
     "Lion",
     "LoRA",
     "LoRAFA",

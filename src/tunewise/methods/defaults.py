@@ -58,7 +58,10 @@ def complete(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> 
     max_length = recipe.data.max_length or default_max_length(context_length(config))
     data = recipe.data.model_copy(update={"max_length": max_length, "too_long": resolved_too_long(recipe)})
     methods = _complete_methods(recipe, config, device, max_length)
-    recipe = recipe.replace(methods=methods, device=device.type, data=data)
+    evaluation = recipe.evaluation
+    if evaluation.forgetting_budget is not None and evaluation.general_text is None:
+        evaluation = evaluation.model_copy(update={"general_text": "default"})
+    recipe = recipe.replace(methods=methods, device=device.type, data=data, evaluation=evaluation)
     return recipe.replace(batch=_complete_batch(recipe), training=_complete_training(recipe, config))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunewise.layers.head import CausalHead
 from tunewise.layers.loss import supervised_loss, whole_loss
-from tunewise.methods.method import Run
+from tunewise.methods.method import Loss, Run
 from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
 from tunewise.workload.batches import MicroBatch
 
@@ -52,20 +52,33 @@ class SupervisedLoss(Method):
         Raises:
             Conflict: the model's head computes something that we do not know.
         """
-        head = CausalHead.of(run.model)
-        if not run.is_dry:
-            with torch.autocast(run.device.type, run.autocast_dtype, enabled=run.autocast_dtype is not None):
-                head.verify(run.model)
-        chunk_tokens = self.chunk_tokens
+        run.loss = loss_of_supervised(verified_head(run), self.chunk_tokens)
 
-        def supervised(run: Run, batch: MicroBatch) -> Tensor:
-            mask_R1LL = run.documents.mask(batch.input_ids_RL)
-            hidden_RLD = head.hidden(run.model, batch.input_ids_RL, batch.position_ids_RL, mask_R1LL)
-            return supervised_loss(
-                hidden_RLD, batch.labels_RL, head, batch.num_supervised, chunk_tokens, run.uses_loss_kernel
-            )
 
-        run.loss = supervised
+def verified_head(run: Run) -> CausalHead:
+    """Return the model's head, proved to be what we take it for.
+
+    Raises:
+        Conflict: the model's head computes something that we do not know.
+    """
+    head = CausalHead.of(run.model)
+    if not run.is_dry:
+        with torch.autocast(run.device.type, run.autocast_dtype, enabled=run.autocast_dtype is not None):
+            head.verify(run.model)
+    return head
+
+
+def loss_of_supervised(head: CausalHead, chunk_tokens: int) -> Loss:
+    """Return the loss over supervised positions only."""
+
+    def supervised(run: Run, batch: MicroBatch) -> Tensor:
+        mask_R1LL = run.documents.mask(batch.input_ids_RL)
+        hidden_RLD = head.hidden(run.model, batch.input_ids_RL, batch.position_ids_RL, mask_R1LL)
+        return supervised_loss(
+            hidden_RLD, batch.labels_RL, head, batch.num_supervised, chunk_tokens, run.uses_loss_kernel
+        )
+
+    return supervised
 
 
 def _whole(run: Run, batch: MicroBatch) -> Tensor:

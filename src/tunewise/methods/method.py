@@ -59,7 +59,8 @@ class Run:
         model: a transformers causal language model (or a peft model around one).
         layout: how the documents of a step lie in rows and micro-batches.
         documents: where the documents of the present micro-batch lie; attention functions read it.
-        loss: the loss function.
+        loss: the loss function; validation takes it.
+        objective: what a step minimises where that is more than the loss (`kl_to_base`), else None.
         make_optimizer: from parameter groups to an optimizer.
         learning_rate_factors: factors on the learning rate for single parameters, by name.
         storage_dtype: how frozen weights are stored.
@@ -84,6 +85,7 @@ class Run:
     layout: Layout
     loss: Loss
     make_optimizer: Callable[[list[ParameterGroup]], torch.optim.Optimizer]
+    objective: Loss | None = None
     documents: DocumentLayout = field(default_factory=DocumentLayout)
     learning_rate_factors: dict[str, float] = field(default_factory=dict)
     storage_dtype: torch.dtype = torch.float32

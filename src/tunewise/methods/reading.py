@@ -20,12 +20,14 @@ from tunewise.recipe import (
     ModelSpec,
     QualitySpec,
     Recipe,
+    ReplaySpec,
     TrainingSpec,
 )
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSpec,
     "data": DataSpec,
+    "data.replay": ReplaySpec,
     "batch": BatchSpec,
     "training": TrainingSpec,
     "evaluation": EvaluationSpec,
@@ -159,7 +161,7 @@ def _explain(item: dict[str, Any], prefix: str = "", kind: type[BaseModel] | Non
     place = [str(part) for part in item["loc"]]
     where = ".".join([prefix, *place] if prefix else place) or "recipe"
     if item["type"] == "extra_forbidden":
-        owner = kind or (_SECTIONS.get(place[0], Recipe) if len(place) > 1 else Recipe)
+        owner = kind or (_SECTIONS.get(".".join(place[:-1]), Recipe))
         return f"{where}: there is no such field.{did_you_mean(place[-1], owner.model_fields)}"
     given = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (given: {item['input']!r})"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}{given}"

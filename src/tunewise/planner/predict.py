@@ -22,7 +22,7 @@ from tunewise.engine.estimate import Estimate
 from tunewise.engine.tracking import Kind, Moment
 from tunewise.errors import InputError
 from tunewise.machine.machine import Machine
-from tunewise.methods import AdamW, Attention, Packing, Precision, SupervisedLoss
+from tunewise.methods import AdamW, Attention, KLToBase, Packing, Precision, SupervisedLoss
 from tunewise.planner import cache
 from tunewise.planner.calibration import Correction, correction
 from tunewise.planner.footprint import Bytes, Footprint, footprint, num_parameters
@@ -262,7 +262,7 @@ class Predictor:
         They are those of a chunk, however many tokens there are. In training two chunks are alive at once from the
         second one on: the loop's variables hold the one before.
         """
-        loss = next((method for method in choice.methods if isinstance(method, SupervisedLoss)), None)
+        loss = next((method for method in choice.methods if isinstance(method, SupervisedLoss | KLToBase)), None)
         if loss is None:
             return None
 
@@ -351,7 +351,7 @@ class Predictor:
 
     def _shapes(self, choice: Choice) -> tuple[BatchShape, BatchShape]:
         """Two sizes of micro-batch that both fill two chunks of the supervised loss, if a step does."""
-        loss = next((method for method in choice.methods if isinstance(method, SupervisedLoss)), None)
+        loss = next((method for method in choice.methods if isinstance(method, SupervisedLoss | KLToBase)), None)
         rows = self.rows(choice, 1)
         chunks = 2 * loss.chunk_tokens if loss else 1
         learnt = min(chunks, max(1, round(rows.rows_per_step * rows.width * rows.supervised_share)))

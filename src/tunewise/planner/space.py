@@ -140,12 +140,16 @@ class Choice:
         return any(isinstance(method, Optimizer) and method.in_backward for method in self.methods)
 
     def recipe(self, base: Recipe, micro_batch_size: int) -> Recipe:
-        """Return `base` (a complete recipe) with these methods and `micro_batch_size` rows at once."""
+        """Return `base` (a complete recipe) with these methods and `micro_batch_size` rows at once.
+
+        What no axis is about stays: a regularizer is part of what the user wants to learn.
+        """
         training = base.training
         if self.updates_in_backward and training.max_grad_norm is not None:
             training = TrainingSpec(**{**training.model_dump(), "max_grad_norm": None})
         batch = base.batch.model_copy(update={"micro_batch_size": micro_batch_size})
-        return base.replace(methods=self.methods, training=training, batch=batch)
+        methods = (*self.methods, *base.in_slot(Slot.REGULARIZER))
+        return base.replace(methods=methods, training=training, batch=batch)
 
 
 @dataclass(frozen=True)

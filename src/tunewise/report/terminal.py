@@ -69,7 +69,8 @@ class Terminal:
             case "evaluation":
                 mark = "  (best so far)" if entry["is_best"] else ""
                 self._validation = f"  validation {entry['validation_loss']:.4f}"
-                self._line(f"  step {entry['step']:>5}  validation loss {entry['validation_loss']:.4f}{mark}")
+                general = f"  general text {entry['general_loss']:.4f}" if "general_loss" in entry else ""
+                self._line(f"  step {entry['step']:>5}  validation loss {entry['validation_loss']:.4f}{general}{mark}")
             case "note":
                 self._line(f"  note      {escape(entry['message'])}")
             case "out_of_memory":
@@ -99,6 +100,8 @@ class Terminal:
             )
             if outcome.best_loss >= outcome.first_loss:
                 show("  [yellow]warning[/]   the validation loss never fell below what it was before training")
+        if outcome.forgetting is not None:
+            show(f"  forgetting: the loss on the general text moved by {outcome.forgetting:+.4f} nats per token")
         show(
             f"  {format_count(outcome.tokens)} tokens, {rate:.0f} tokens/s, "
             f"memory {format_bytes(outcome.peak_memory_bytes)}"

@@ -19,8 +19,10 @@ from tunewise.workload.detection import find_mapping
 from tunewise.workload.diagnosis import Diagnosis, statistics_of
 from tunewise.workload.doctor import examine
 from tunewise.workload.formats import FieldMapping
+from tunewise.workload.general_text import general_corpus
 from tunewise.workload.record import Record
 from tunewise.workload.records import STDLIB, read_records
+from tunewise.workload.replay import mix
 from tunewise.workload.splits import leak_groups, split
 from tunewise.workload.stdlib_source import Part, stdlib_records, stdlib_texts
 from tunewise.workload.tally import Tally
@@ -41,6 +43,8 @@ class Prepared:
         said: sentences for the user: which fields became what, the layout, the counts, the policies.
         diagnosis: the doctor's findings.
         data_fingerprint: equal exactly when training and validation would see the same data.
+        general: general text on which forgetting is measured; None when the recipe does not ask for it.
+        replayed: what was mixed into the training documents, in words; "" for nothing.
     """
 
     train: Corpus
@@ -48,6 +52,8 @@ class Prepared:
     said: list[str]
     diagnosis: Diagnosis
     data_fingerprint: str
+    general: Corpus | None = None
+    replayed: str = ""
 
 
 def default_max_length(context_length: int) -> int:
@@ -79,14 +85,40 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: 
         others = [finding for finding in diagnosis.findings if finding.severity == "warning"]
         more = "".join(f"\n  {finding}" for finding in others) if len(train.corpus) == 0 else ""
         raise InputError(f"{recipe.data.source}: training on these data makes no sense:\n{listed}{more}")
-    fingerprints = f"{train.corpus.fingerprint} {validation.corpus.fingerprint}"
+    max_length = recipe.data.max_length or default_max_length(context_length)
+    learnt, replayed = train.corpus, ""
+    if recipe.data.replay is not None:
+        mixed = mix(learnt, recipe.data.replay, tokenizer, max_length, recipe.seed)
+        learnt, replayed = mixed.corpus, mixed.said
+        said.append(replayed)
+    general = _measured_text(recipe, tokenizer, max_length, said)
+    parts = [part.fingerprint for part in (learnt, validation.corpus, general) if part is not None]
     return Prepared(
-        train=train.corpus,
+        train=learnt,
         validation=validation.corpus,
         said=said,
         diagnosis=diagnosis,
-        data_fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest()[:16],
+        data_fingerprint=hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16],
+        general=general,
+        replayed=replayed,
     )
+
+
+def _measured_text(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, said: list[str]
+) -> Corpus | None:
+    """Return the general text that evaluations measure; it does not depend on the recipe's seed."""
+    spec = recipe.evaluation
+    if spec.general_text is None:
+        return None
+    found = general_corpus(
+        spec.general_text, "measured", tokenizer, max_length=max_length, max_tokens=spec.general_tokens
+    )
+    said.append(
+        f"general text to measure forgetting on ('{spec.general_text}'): {len(found)} windows, "
+        f"{int(found.is_supervised.sum()):,} tokens"
+    )
+    return found
 
 
 def diagnose(

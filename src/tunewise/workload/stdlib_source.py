@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import random
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -53,10 +54,10 @@ def stdlib_records(part: Part) -> Iterator[Record]:
                 yield record
 
 
-def stdlib_texts(part: Part) -> Iterator[Record]:
-    """Yield {"text": source} of each module, with origins such as "json/decoder.py"."""
+def stdlib_texts(part: Part, seed: int | None = None) -> Iterator[Record]:
+    """Yield {"text": source} of each module, with origins such as "json/decoder.py", shuffled where a seed is given."""
     buckets = PRETRAINING_BUCKETS if part == "train" else VALIDATION_BUCKETS
-    for name, source in _sources(buckets):
+    for name, source in _sources(buckets, seed):
         yield Record({"text": source}, name)
 
 
@@ -65,10 +66,13 @@ def bucket_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % _NUM_BUCKETS
 
 
-def _sources(buckets: range) -> Iterator[tuple[str, str]]:
-    """Yield (path below the library, source text) of the modules in `buckets` that parse, sorted by path."""
+def _sources(buckets: range, seed: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (path below the library, source text) of the modules in `buckets` that parse, by path or shuffled."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
+    paths = sorted(library.rglob("*.py"))
+    if seed is not None:
+        random.Random(seed).shuffle(paths)
+    for path in paths:
         relative = path.relative_to(library)
         if _LEFT_OUT_FOLDERS.intersection(relative.parts) or relative.name.startswith(_LEFT_OUT_FILES):
             continue

@@ -60,6 +60,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "batch": {"documents": None, "supervised_tokens": 70},
         "training": {"steps": None, "tokens": 400, "schedule": "wsd"},
     },
+    "kl to base": {"methods": {"lora": LORA, "kl_to_base": {"beta": 0.5}}},
+    "l2_sp": {"methods": {"lora": LORA, "l2_sp": {"strength": 2.0}}},
+    "l2_sp, full": {"methods": {"l2_sp": {"strength": 2.0}}},
+    "replay and a budget": {
+        "methods": {"lora": LORA},
+        "data": {"replay": {"fraction": 0.2}},
+        "training": {"learning_rate": 0.03},
+        "evaluation": {"every": 1, "general_tokens": 64, "forgetting_budget": 5.0},
+    },
     "two epochs": {"methods": {"lora": LORA}, "training": {"steps": None, "epochs": 1.5}, "batch": {"documents": 16}},
 }
 for optimizer, options in CPU_OPTIMIZERS.items():
@@ -111,7 +120,7 @@ def test_killed_and_resumed_equals_never_killed(setting: str, files: tuple[Path,
 
 def test_the_number_of_settings_does_not_fall() -> None:
     assert len(CPU_OPTIMIZERS) == 12
-    assert len(SETTINGS) == 25
+    assert len(SETTINGS) == 29
 
 
 @pytest.mark.parametrize(

@@ -255,12 +255,15 @@ def test_the_written_recipe_trains_to_the_same_bits(files: tuple[Path, Path], tm
         "data.validation",  # split off
         "data.system_prompt",
         "data.max_records",
+        "data.replay",  # nothing is mixed in
         "batch.supervised_tokens",  # documents fix the batch
         "batch.gradient_accumulation_steps",  # follows from documents and the micro-batch
         "training.steps",  # epochs fix the end
         "training.tokens",
         "evaluation.patience",
         "evaluation.micro_batch_size",  # as in training
+        "evaluation.general_text",  # nobody measures it
+        "evaluation.forgetting_budget",
     }
     assert load_recipe(tmp_path / "first" / "recipe.yaml") == first.recipe
     api.train(tmp_path / "first" / "recipe.yaml", out=tmp_path / "second")

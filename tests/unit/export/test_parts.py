@@ -22,6 +22,7 @@ from tests.unit.tiny_runs import (
     write_records,
 )
 from tunewise import api, load_adapter
+from tunewise.engine.finished import open_finished
 from tunewise.errors import InputError
 from tunewise.export.parameters import load_parameters, save_parameters
 from tunewise.layers.bottleneck import Bottleneck, bottlenecks
@@ -83,7 +84,7 @@ def test_a_stack_is_trained_resumed_saved_and_read_with_equal_logits(stack: str,
         train_with_loss(recipe, tmp_path / "run", stop_once)
     train_with_loss(recipe, tmp_path / "run", lambda run, batch, loss: loss, resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
-    run, _ = api._trained(tmp_path / "whole", tmp_path / "none")
+    run = open_finished(tmp_path / "whole", "read").run
     expected = shown(run.model)
     base = base_of(whole.folder)
     if "quantize" in methods:
@@ -98,7 +99,7 @@ def test_peft_reads_its_parts_one_after_the_other(tmp_path: Path) -> None:
     recipe = recipe_over(model, write_records(tmp_path / "records.jsonl"), training={"steps": 3})
     recipe["methods"] = {"lora": {"rank": 4}, **PROMPT, "precision": {"compute": "fp32"}}
     saved = api.train(recipe, out=tmp_path / "run").saved
-    run, _ = api._trained(tmp_path / "run", tmp_path / "none")
+    run = open_finished(tmp_path / "run", "read").run
     merged = peft.PeftModel.from_pretrained(base_of(tmp_path / "run"), saved.folder / "lora").merge_and_unload()
     theirs = peft.PeftModel.from_pretrained(merged, saved.folder / "peft")
     assert torch.allclose(shown(theirs), shown(run.model), rtol=1e-4, atol=1e-4)

@@ -125,6 +125,18 @@ def test_on_means_what_the_users_recipe_says() -> None:
     assert methods["packing"] == base_recipe().get(type(methods["packing"]))
 
 
+def test_what_keeps_the_model_near_its_base_is_never_switched_off() -> None:
+    """kl_to_base and l2_sp change what is learnt, so no study may drop them for speed."""
+    recipe = base_recipe(kl_to_base={"beta": 0.3}, l2_sp={"strength": 0.2})
+    kept = space_of(recipe)
+    assert not {"supervised loss", "lora", "nf4"} & set(kept.names)
+    assert {"packing", "accumulation", "checkpointing"} <= set(kept.names)
+    for on in (frozenset[str](), frozenset(kept.names)):
+        assert kept.refusal(on) is None
+        names = {method.name for method in kept.recipe(on).methods or ()}
+        assert {"kl_to_base", "l2_sp", "lora"} <= names
+
+
 def test_full_fine_tuning_takes_a_tenth_of_the_rate() -> None:
     space = space_of(base_recipe())
     assert space.recipe(frozenset()).training.learning_rate == pytest.approx(1e-4)

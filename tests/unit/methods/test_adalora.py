@@ -19,6 +19,7 @@ from tests.unit.tiny_runs import (
     write_records,
 )
 from tunewise import api
+from tunewise.engine.finished import open_finished
 from tunewise.engine.step import begin_step, update
 from tunewise.errors import InputError
 from tunewise.export.adapter import load_peft
@@ -92,7 +93,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_loads_in_peft(recipe: dict[s
     train_with_loss(recipe, tmp_path / "run", lambda run, batch, loss: loss, resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     model = load_peft(tiny_model("llama", vocab_size=TOKENIZER_SIZE), whole.saved.folder)
-    run, _ = api._trained(tmp_path / "whole", tmp_path / "none")
+    run = open_finished(tmp_path / "whole", "read").run
     assert torch.allclose(logits(model), logits(run.model), rtol=1e-5, atol=1e-5)
 
 

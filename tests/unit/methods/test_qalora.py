@@ -15,6 +15,7 @@ from tests.unit.methods.adapted import disturb, make_recipe, make_run
 from tests.unit.methods.adapted import logits as adapted_logits
 from tests.unit.tiny_runs import logits, recipe_over, relative_error, save_model, write_records
 from tunewise import api, load_quantized
+from tunewise.engine.finished import open_finished
 from tunewise.errors import Conflict, InputError
 from tunewise.export.adapter import load_adapter, save_adapter
 from tunewise.layers.group_quantized import GROUP_KINDS
@@ -34,7 +35,7 @@ def test_the_merged_model_is_quantized_and_computes_what_was_trained(
 ) -> None:
     methods = {"quantize": {"kind": kind, "block_size": 32}, "qalora": {"rank": 4}, "precision": {"compute": "fp32"}}
     result = api.train({**recipe, "methods": methods}, out=tmp_path / "run")
-    run, _ = api._trained(tmp_path / "run", tmp_path / "m")
+    run = open_finished(tmp_path / "run", "read").run
     expected = logits(run.model)
     saved = api.export_merged(tmp_path / "run", tmp_path / "m")
     assert saved.max_difference == 0.0

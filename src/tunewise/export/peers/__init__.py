@@ -16,6 +16,7 @@ from tunewise.errors import InputError, did_you_mean
 from tunewise.export.peers import axolotl, llamafactory, torchtune, trl, unsloth
 from tunewise.export.peers.config import Case, Draft, Facts, Missing, PeerConfig, as_yaml
 from tunewise.export.peers.ledger import Ledger, settings_of
+from tunewise.export.peers.retention import ledger_without_retention
 from tunewise.export.peers.source import stem_of
 from tunewise.export.peers.stand_ins import with_stand_ins
 from tunewise.methods.compatibility import refuse_conflicts
@@ -96,7 +97,7 @@ def peer_config(
         raise ValueError("the recipe is not complete; pass it through tunewise.methods.complete first")
     refuse_conflicts(recipe)
     written, ours = with_stand_ins(recipe, tool.name)
-    ledger = Ledger(written, tool.name)
+    ledger, written = ledger_without_retention(written, tool.name)
     name, folder = name or stem_of(recipe.model.name), folder or Path()
     case = Case(written, config or load_config(recipe.model), facts or Facts(), name, folder)
     draft = tool.draft(ledger, case)

@@ -1,0 +1,74 @@
+"""Replay: general text mixed into the training documents, so that what the base model could do is practised on.
+
+Rehearsal is the oldest cure of forgetting (Robins 1995). Bethune et al. (ICML 2025, scaling laws for forgetting): 1 %
+of pre-training data in the mix prevents it; Kotha and Liang 2026 (arXiv 2603.04964): it can even help the new task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tunewise.errors import InputError
+from tunewise.recipe import ReplaySpec
+from tunewise.workload.corpus import Corpus
+from tunewise.workload.general_text import general_corpus
+
+SHORTEST_PIECE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Training documents with general text among them.
+
+    Attributes:
+        corpus: the user's documents, then the replayed ones; the draw of the global batches mixes them.
+        num_pieces: replayed documents.
+        num_tokens: their supervised tokens.
+        said: one sentence for the user.
+    """
+
+    corpus: Corpus
+    num_pieces: int
+    num_tokens: int
+    said: str
+
+
+def mix(train: Corpus, replay: ReplaySpec, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Mixed:
+    """Add so much general text that it makes up `replay.fraction` of all supervised tokens, to the token.
+
+    The text comes in pieces as long as a training document is on average: so a little of it is spread over many steps,
+    and neither padding nor memory changes. Equal seeds give equal pieces.
+
+    Raises:
+        InputError: the general text cannot be read, or there is not enough of it.
+    """
+    own = int(train.is_supervised.sum())
+    wanted = max(1, round(own * replay.fraction / (1 - replay.fraction)))
+    piece = min(max_length, max(SHORTEST_PIECE, round(float(train.lengths.mean()))))
+    general = general_corpus(
+        replay.source, "replayed", tokenizer, max_length=piece, max_tokens=wanted, seed=seed ^ 0x5EED
+    )
+    found = int(general.is_supervised.sum())
+    if found < wanted:
+        raise InputError(
+            f"data.replay: {replay.fraction:.0%} of the training are {wanted:,} tokens of general text, and "
+            f"'{replay.source}' has only {found:,} that may be replayed. Bring more text, or a smaller fraction."
+        )
+    said = (
+        f"replay: {len(general)} pieces of general text ('{replay.source}'), {found:,} of {own + found:,} supervised "
+        f"tokens ({found / (own + found):.1%})"
+    )
+    return Mixed(joined(train, general), len(general), found, said)
+
+
+def joined(first: Corpus, second: Corpus) -> Corpus:
+    """Return the documents of both, one after the other."""
+    return Corpus(
+        token_ids=np.concatenate((first.token_ids, second.token_ids)),
+        is_supervised=np.concatenate((first.is_supervised, second.is_supervised)),
+        offsets=np.concatenate((first.offsets, second.offsets[1:] + first.offsets[-1])),
+        origins=[*first.origins, *second.origins],
+    )
