@@ -207,9 +207,8 @@ def play(folder: Path, kills: int, seed: int, budget: str, seconds: float | None
         shutil.rmtree(folder / f"round-{number}", ignore_errors=True)  # of a call that was stopped
         tuning = TuningCommand(recipe, folder / f"round-{number}", budget)
         chooser = random.Random(f"{seed}, round {number}")
-        part = (
-            play_round(tuning, left, chooser, rounds[0].last_life_seconds) if rounds else play_round(tuning, 0, chooser)
-        )
+        number_of_kills, lifetime = (left, rounds[0].last_life_seconds) if rounds else (0, 0.0)
+        part = play_round(tuning, number_of_kills, chooser, lifetime)
         rounds.append(part)
         file.write_text(json.dumps([asdict(each) for each in rounds]))
         print(

@@ -130,9 +130,12 @@ def test_a_method_study_leaves_out_what_fails_and_measures_the_rest(
     place = open_workplace(recipe_from_mapping(mapping), tmp_path / "run", "here", None)
     predictor = place.predictor(place.recipe)
     space = factor_space(place.recipe, place.plan.config, place.machine, predictor)
-    names = space.names
-    data = tmp_path / "data"
-    crashing, hanging = 2 + names.index("supervised loss"), 2 + names.index("checkpointing")  # the baseline is 1
+    plan_faults(tmp_path / "calm", {})
+    calm = open_laboratory(executor, tmp_path / "first", tmp_path / "first" / "trials", tmp_path / "calm")
+    undisturbed = MethodStudy(calm, space, place.limit_bytes, 60.0, step_seconds=0.01)
+    undisturbed.run()
+    order, data = list(undisturbed.tried), tmp_path / "data"
+    crashing, hanging = (1 + order.index(frozenset({name})) for name in ("supervised loss", "checkpointing"))
     plan_faults(data, {crashing: "crashes the interpreter", hanging: "hangs", hanging + 3: "runs out of memory"})
     lab = open_laboratory(executor, tmp_path / "run", tmp_path / "run" / "trials", data)
     study = MethodStudy(lab, space, place.limit_bytes, 60.0, step_seconds=0.01)

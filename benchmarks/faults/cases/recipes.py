@@ -228,7 +228,7 @@ ARGUMENTS = (
         ("--preview", "greater than or equal to 0"),
     ),
     Case("arguments: doctor without data", ("doctor",), ("Missing argument", "DATA")),
-    Case("arguments: export without a destination", ("export", "run"), ("Missing option", "--merged")),
+    Case("arguments: export without a destination", ("export", "run"), ("say what to make", "--merged")),
 )
 
 CASES = (*FORM, *FIELDS, *METHODS, *ARGUMENTS)

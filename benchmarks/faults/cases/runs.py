@@ -159,7 +159,7 @@ RUNS = (
         ("export", "model", "--merged", "merged"),
         ("There is no run in 'model'",),
     ),
-    Case("run: export of a run without checkpoints", EXPORT, ("no checkpoint to export",), remove("run/checkpoints")),
+    Case("run: export of a run without checkpoints", EXPORT, ("has no checkpoint to take",), remove("run/checkpoints")),
     Case(
         "run: export of damaged checkpoints",
         EXPORT,

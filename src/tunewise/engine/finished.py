@@ -81,7 +81,7 @@ def result_tensors(home: RunFolder, keep_best: bool) -> dict[str, Any]:
     """Read the state that counts: the best one where the recipe keeps it, else the last one."""
     checkpoints = list_checkpoints(home.checkpoints)
     if not checkpoints:
-        raise InputError(f"The run in '{home.path}' has no checkpoint.")
+        raise InputError(f"The run in '{home.path}' has no checkpoint to take trained values from.")
     tensors, state = load_checkpoint(checkpoints[-1][1])
     best = state["progress"]["best_step"]
     kept = dict(checkpoints)

@@ -25,6 +25,9 @@ from tunewise.errors import Conflict
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+LIBRARIES = ("-lstdc++",)
+"""Named, because CXX may be a C compiler's driver, which compiles C++ but does not link its library."""
+
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 """The dtypes that the kernels know."""
 
@@ -49,7 +52,9 @@ def library() -> ctypes.CDLL:
             "Ubuntu: apt install g++), name one in the environment variable CXX, or leave 'fused' out."
         )
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    content = "\n".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, version, platform.machine(), _processor()))
+    content = "\n".join(
+        (SOURCE.read_text(encoding="utf-8"), *FLAGS, *LIBRARIES, version, platform.machine(), _processor())
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunewise" / "kernels"
     place = cache / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if not place.is_file():
@@ -71,7 +76,7 @@ def _compile(found: str, place: Path) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent) as name:
         made = Path(name) / "kernels.so"
         done = subprocess.run(
-            [found, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
+            [found, *FLAGS, str(SOURCE), *LIBRARIES, "-o", str(made)], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:300])

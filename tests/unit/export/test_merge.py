@@ -111,5 +111,5 @@ def test_a_run_without_checkpoint_cannot_be_exported(files: tuple[Path, Path], t
     train(files, tmp_path / "run", {"lora": {"rank": 4}})
     for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
         path.rename(path.with_name("gone-" + path.name))
-    with pytest.raises(InputError, match="no checkpoint to export"):
+    with pytest.raises(InputError, match="has no checkpoint to take"):
         api.export_merged(tmp_path / "run", tmp_path / "merged")
