@@ -53,7 +53,7 @@ ENOUGH_SECONDS = 4.0
 """Rounds are repeated for about this long, at least FEWEST_ROUNDS times."""
 
 OFF_BY = (0.88, 1.14)
-"""Measured over rehearsed time, 5th and 95th percentile of benchmarks/estimate/time_cpu.py on two cores."""
+"""Measured over rehearsed time: a guess, as wide as two runs of one step differ on a virtual machine."""
 
 
 MOST_REHEARSED = 3
