@@ -170,9 +170,14 @@ def decision(findings: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparable(findings: dict[str, Any]) -> dict[str, Any]:
-    """Return the findings without what may differ from one pass to the next: the date, and how much was found again."""
+    """Return the findings without what may differ from one pass to the next.
+
+    That is the date, how much was found again, and the largest size of the process that ended the training: a pass over
+    a finished training only loads it.
+    """
+    training = {key: value for key, value in findings["training"].items() if key != "peak_memory_bytes"}
     costs = [{key: value for key, value in cost.items() if key != "num_reused"} for cost in findings["costs"]]
-    return {**findings, "date": None, "costs": costs}
+    return {**findings, "date": None, "costs": costs, "training": training}
 
 
 def summarize(rounds: list[Round], seed: int) -> dict[str, Any]:

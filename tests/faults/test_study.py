@@ -1,6 +1,6 @@
-"""Kills of a whole tuning: each life goes on with every finished trial; the end decides as an undisturbed pass does.
+"""A kill of a whole tuning: the next life goes on with all finished trials, and decides as an undisturbed pass does.
 
-This is the bounded version of `benchmarks/faults/study.py --kills 30`, whose result is recorded there.
+The bounded version of `benchmarks/faults/study.py --kills 30`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults" / "study.py"
-KILLS = 3
+KILLS = 1
 
 
-def test_kills_lose_no_trial_and_change_no_decision(tmp_path: Path) -> None:
+def test_a_kill_loses_no_trial_and_changes_no_decision(tmp_path: Path) -> None:
     file = tmp_path / "study.json"
     command = [sys.executable, str(SCRIPT), "--kills", str(KILLS), "--budget", "12s", "--json", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
