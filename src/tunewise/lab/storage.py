@@ -45,7 +45,7 @@ class Storage:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.url = url
         try:
-            storage = optuna.storages.RDBStorage(url)
+            self._storage = storage = optuna.storages.RDBStorage(url)
             self._studies = {name: self._open(storage, f"{prefix}{name}", metrics) for name, metrics in STUDIES.items()}
         except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, ValueError) as error:
             raise InputError(f"The storage '{url}' cannot be opened: {_reason(error)}") from error
@@ -58,9 +58,20 @@ class Storage:
 
     @staticmethod
     def in_folder(folder: Path) -> Storage:
-        """Open the SQLite storage of a tuning's folder."""
+        """Open the SQLite storage of a tuning's folder, or make it.
+
+        It is made under another name and moved into its place whole: Optuna makes a table first and then the index that
+        keeps a study's name unique, and a kill between the two would leave a storage in which studies stand twice.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        return Storage(f"sqlite:///{folder.resolve() / 'study.db'}", "")
+        file = folder.resolve() / "study.db"
+        if not file.exists():
+            partial = file.with_name(f".{file.name}.partial")
+            for left_by_a_kill in (partial, partial.with_name(f"{partial.name}-journal")):
+                left_by_a_kill.unlink(missing_ok=True)
+            Storage(f"sqlite:///{partial}", "")._storage.engine.dispose()
+            partial.replace(file)
+        return Storage(f"sqlite:///{file}", "")
 
     @staticmethod
     def _open(storage: Any, name: str, metrics: tuple[str, ...]) -> optuna.Study:
