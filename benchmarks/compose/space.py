@@ -10,8 +10,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.estimate.cpu_cases import ARCHITECTURES, VOCAB_SIZE
-from transformers import AutoConfig, PretrainedConfig
+from benchmarks.estimate.cpu_cases import ARCHITECTURES, config_of
+from transformers import PretrainedConfig
 
 from tunewise.methods import ALL, BY_NAME
 from tunewise.methods.low_rank import LowRank
@@ -83,12 +83,7 @@ class Case:
 
     def config(self) -> PretrainedConfig:
         """Return the configuration of the model, without dropout."""
-        options = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, **ARCHITECTURES[self.architecture]}
-        config = AutoConfig.for_model(self.architecture, num_hidden_layers=self.depth, **options)
-        for name, value in config.to_dict().items():
-            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-                setattr(config, name, 0.0)
-        return config
+        return config_of(self.architecture, self.depth)
 
     def mapping(self) -> dict[str, Any]:
         """Return the recipe as it would stand in a file."""

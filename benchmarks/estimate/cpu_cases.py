@@ -114,6 +114,16 @@ LENGTHS = (48, 64, 96, 128, 160)
 ROWS = (1, 2, 3)
 
 
+def config_of(architecture: str, depth: int) -> PretrainedConfig:
+    """Return a small model's configuration, without dropout."""
+    options = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, **ARCHITECTURES[architecture]}
+    config = AutoConfig.for_model(architecture, num_hidden_layers=depth, **options)
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
 @dataclass(frozen=True)
 class Case:
     """One row: what is run, and in which shape."""
@@ -127,13 +137,8 @@ class Case:
     micro_batches: int
 
     def config(self) -> PretrainedConfig:
-        """Return the architecture's configuration in this case's depth, without dropout."""
-        options = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, **ARCHITECTURES[self.architecture]}
-        config = AutoConfig.for_model(self.architecture, num_hidden_layers=self.depth, **options)
-        for name, value in config.to_dict().items():
-            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-                setattr(config, name, 0.0)
-        return config
+        """Return the architecture's configuration in this case's depth."""
+        return config_of(self.architecture, self.depth)
 
     def recipe(self, config: PretrainedConfig) -> Recipe:
         """Return the complete recipe."""

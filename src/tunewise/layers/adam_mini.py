@@ -14,21 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunewise.layers.optimizers import TensorwiseOptimizer
+from tunewise.layers.optimizers import TensorwiseAdam
 
 
-class AdamMini(TensorwiseOptimizer):
+class AdamMini(TensorwiseAdam):
     """AdamW with v = mean of g^2 over a row; the first moment stays one fp32 number a parameter."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def update_tensor(
         self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tunewise.layers.optimizers import TensorwiseOptimizer, keep
+from tunewise.layers.optimizers import TensorwiseAdam, keep
 
 BLOCK = 128
 SMALLEST = 4096
@@ -32,18 +32,8 @@ SIGNED_LEVELS = (*(-level for level in reversed(_POSITIVE)), 0.0, *_POSITIVE, 1.
 Scales = tuple[Tensor, ...]
 
 
-class AdamW4bit(TensorwiseOptimizer):
+class AdamW4bit(TensorwiseAdam):
     """AdamW with the states described in the module's docstring; `state` holds uint8 codes, two a byte."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def update_tensor(
         self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]

@@ -55,6 +55,20 @@ class TensorwiseOptimizer(torch.optim.Optimizer):
             }
 
 
+class TensorwiseAdam(TensorwiseOptimizer):
+    """The options that Adam's relatives share, with torch's defaults."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+
 def keep(state: dict[str, Any], name: str, value: Tensor) -> None:
     """Put a tensor into a parameter's state, into the memory of the one that it replaces."""
     if name in state:
