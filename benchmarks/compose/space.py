@@ -204,7 +204,7 @@ def _patterns(architecture: str) -> tuple[str, ...]:
     """Return patterns that match parameters of an architecture: norms, biases, norms of a block, a whole block."""
     norm = "ln_" if architecture == "gpt2" else "layer_norm" if architecture == "opt" else "norm"
     bias = ("*bias",) if architecture in ("gpt2", "gpt_neox", "opt", "qwen2") else ()
-    norm = "ln_" if architecture == "falcon" else norm
+    norm = "layernorm" if architecture == "falcon" else norm
     return (f"*{norm}*", f"*.1.*{norm}*", "*.1.*", *bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import tempfile
@@ -54,11 +55,13 @@ MEMORY_TOLERANCE = 0.01
 
 BY_DEFINITION = (
     "both set the", "there is none", "cannot be clipped", "unscale", "full fine-tuning cannot train", "stream keeps",
+    "is saved without it", "masters of its own", "both factors of LoRA", "lets a block's weights go",
 )  # fmt: skip
 """Refusals that no trial can prove: a training goes on without, only not as it was wished.
 
 Two methods in a slot that holds one; a wish about something that is absent; clipping and unscaling inside backward;
-packed weights that would be trained; streaming where nothing is frozen.
+packed weights that would be trained; streaming where nothing is frozen; an adapter whose base is lost; a pull that the
+optimizer's masters overwrite, or that sees one factor moved and the other not; a streamed block that stays in memory.
 """
 
 Verdict = Literal["trained", "refused", "wrong"]
@@ -163,10 +166,10 @@ def predict(recipe: Recipe, config: PretrainedConfig, batches: list[MicroBatch])
 
 
 def load(recipe: Recipe, config: PretrainedConfig) -> torch.nn.Module:
-    """Make the random base model."""
+    """Make the random base model, with a configuration of its own: a model's attention is written into it."""
     precision = recipe.get(Precision)
     assert precision is not None
-    return random_model(config, precision.loading_dtype(recipe), recipe.seed)
+    return random_model(copy.deepcopy(config), precision.loading_dtype(recipe), recipe.seed)
 
 
 def train(
@@ -186,7 +189,7 @@ def train(
     if run.update_in_backward:
         update_in_backward(run, optimizer)
     trained = {name for name, _ in run.trainable()}
-    before = {name: tensor.detach().clone() for name, tensor in run.model.named_parameters()}
+    before = {name: tensor.detach().clone() for name, tensor in resident(run)}
 
     def step(number: int) -> float:
         begin_step(run, number, STEPS)
@@ -202,15 +205,22 @@ def train(
     peak += allocated_bytes(lambda: losses.append(step(2)))
     if not all(np.isfinite(losses)):
         raise Broken(f"the losses are {losses}")
-    after = dict(run.model.named_parameters())
+    after = dict(resident(run))
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     if moved - trained:
         raise Broken(f"'{min(moved - trained)}' is frozen and has moved")
-    if not moved:
+    if not moved and all(before[name].dtype.itemsize > 2 for name in trained):  # 16 bits round a small update away
         raise Broken("nothing has moved")
     save_and_read(recipe, config, run)
     compare_with_plain(recipe, config, batches, groups, corpus)
     return peak
+
+
+def resident(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters that are on the device; those that are streamed are placeholders of one element."""
+    for name, tensor in run.model.named_parameters():
+        if run.streamer is None or any(tensor.stride()):
+            yield name, tensor
 
 
 def compare_with_plain(
@@ -222,10 +232,11 @@ def compare_with_plain(
     kept = tuple(
         method
         for method in recipe.methods or ()
-        if method.slot not in (Slot.DATA, Slot.ATTENTION, Slot.ACTIVATIONS, Slot.LOSS)
+        if method.slot not in (Slot.DATA, Slot.ATTENTION, Slot.ACTIVATIONS, Slot.LOSS) and method.name != "stream"
     )
+    kind: Literal["sdpa", "eager"] = "sdpa" if config.model_type == "falcon" else "eager"  # it has no eager one
     plain = recipe.replace(
-        methods=(*kept, Attention(kind="eager"), WholeLoss()), batch=BatchSpec(documents=1, micro_batch_size=1)
+        methods=(*kept, Attention(kind=kind), WholeLoss()), batch=BatchSpec(documents=1, micro_batch_size=1)
     )
     run, twin = (build(each, load(recipe, config), CPU) for each in (recipe, plain))
     for other in (run, twin):
@@ -259,9 +270,9 @@ def save_and_read(recipe: Recipe, config: PretrainedConfig, run: Run) -> None:
         saved = save_result(run, Tokenizerless(), Path(folder))  # type: ignore[arg-type]
         if saved.kind != "adapter" or recipe.get(QALoRA) is not None:
             return  # a model has been read again already; QA-LoRA's adapter belongs to a run that is built
-        expected = probe_logits(run.model, run)
         model = load_adapter(quantized(recipe, load(recipe, config)), saved.folder)
-        difference = relative_difference(probe_logits(model.eval(), run), expected)
+        own, again = (probe_logits(each, run)[:, :VOCAB_SIZE] for each in (run.model, model.eval()))  # without padding
+        difference = relative_difference(again, own)
         if difference > (5e-2 if run.storage_dtype.itemsize == 2 else 1e-3):
             raise Broken(f"read again, the logits differ by {difference:.1e}")
 

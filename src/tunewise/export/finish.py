@@ -148,8 +148,13 @@ def probe_logits(model: nn.Module, run: Run) -> Tensor:
 
 
 def relative_difference(one_TV: Tensor, other_TV: Tensor) -> float:
-    """Return the largest difference of two logits, relative to the largest logit."""
-    return float((one_TV - other_TV).abs().max() / other_TV.abs().max().clamp_min(1e-12))
+    """Return the largest difference of two logits, relative to the largest logit that is finite.
+
+    A padded vocabulary has logits of minus infinity in fp16; on both sides they are equal.
+    """
+    difference_TV = (one_TV - other_TV).abs().masked_fill(one_TV == other_TV, 0.0)
+    largest = other_TV.masked_fill(~other_TV.isfinite(), 0.0).abs().max()
+    return float(difference_TV.max() / largest.clamp_min(1e-12))
 
 
 def _save_verified(folder: Path, kind: str, save: Callable[[Path], float]) -> Saved:

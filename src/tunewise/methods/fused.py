@@ -46,9 +46,12 @@ class Fused(Method):
     loss: bool = True
 
     def conflict(self, recipe: Recipe) -> str | None:
-        """What is compared must have its weights."""
-        if any(method.name == "stream" for method in recipe.methods or ()):
-            return "fused compares modules as it replaces them, and 'stream' has put their weights away; keep one"
+        """What is compared must have its weights; `stream` puts packed ones away before modules are replaced."""
+        if {"stream", "quantize"} <= {method.name for method in recipe.methods or ()}:
+            return (
+                "fused compares modules as it replaces them, and 'stream' has put their quantized weights away; leave "
+                "fused out"
+            )
         return None
 
     def apply(self, run: Run) -> None:

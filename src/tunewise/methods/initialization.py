@@ -42,9 +42,15 @@ class Initialize(Method):
     num_nonzero: PositiveInt = 15
 
     def conflict(self, recipe: Recipe) -> str | None:
-        """Pretrained weights must stay."""
+        """Pretrained weights must stay; what an adapter is saved without must be found again."""
         if recipe.model.weights != "random":
             return "initialize would overwrite the pretrained weights; set model.weights to random, or leave it out"
+        adapter = next((each for each in recipe.in_slot(Slot.ADAPTER) if each.name != "freeze"), None)
+        if adapter is not None:
+            return (
+                f"initialize draws the base, and {adapter.name} is saved without it, so that nobody could load the "
+                "result; leave one of them out"
+            )
         return None
 
     @torch.no_grad()

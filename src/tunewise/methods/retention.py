@@ -18,6 +18,7 @@ from tunewise.layers.pull import pulled
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
 from tunewise.methods.loss import loss_of_supervised, verified_head
+from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
 from tunewise.methods.optimizers import Optimizer
 from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
@@ -114,7 +115,7 @@ class L2SP(Method):
     def conflict(self, recipe: Recipe) -> str | None:
         """An update inside backward sees one factor after the other has moved; masters overwrite a pull."""
         optimizers = [method for method in recipe.methods or () if isinstance(method, Optimizer)]
-        if any(method.in_backward for method in optimizers):
+        if any(method.in_backward for method in optimizers) and recipe.get(LowRank) is not None:
             return "l2_sp pulls on both factors of LoRA at once; set in_backward of the optimizer to false"
         if any(method.name == "fp8_lm" for method in optimizers):
             return "l2_sp moves the weights, and fp8_lm keeps masters of its own that it writes them from; use adamw"

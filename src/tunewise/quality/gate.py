@@ -56,7 +56,7 @@ def judge(spec: QualitySpec, material: Material, base: Scores, tuned: Scores, co
         *_overfitting_checks(spec, over, context),
         _leaks(spec, material, context),
         _template(context),
-        _endings(base, tuned),
+        _endings(material, base, tuned),
         *_refusals(spec, material, base, tuned),
         *_contract(base, tuned),
         *_battery(base, tuned),
@@ -160,7 +160,9 @@ def _template(context: Context) -> Check:
     )
 
 
-def _endings(base: Scores, tuned: Scores) -> Check:
+def _endings(material: Material, base: Scores, tuned: Scores) -> Check:
+    if material.taught_ends == 0.0:  # an end can become likelier without being taught, but never likely
+        return Check(name="endings", status="failed", sentence="the end of no training answer was learnt")
     if base.endings is None or tuned.endings is None:
         return Check(name="endings", status="not measured", sentence="no held-out answer has an end")
     before, after = np.exp(-base.endings.sums), np.exp(-tuned.endings.sums)

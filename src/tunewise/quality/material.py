@@ -16,7 +16,7 @@ from tunewise.engine.assemble import Plan
 from tunewise.quality.exceptional import Contract, Kind, contract_cases, read_contract
 from tunewise.quality.general_text import GeneralText, general_text
 from tunewise.quality.overfitting import sample
-from tunewise.quality.prompts import Prompt, endings_of, prompts_of
+from tunewise.quality.prompts import Prompt, endings_of, prompts_of, share_of_taught_ends
 from tunewise.quality.questions import Question, read_questions
 from tunewise.quality.refusals import Refusals
 from tunewise.recipe import QualitySpec, Recipe
@@ -44,6 +44,7 @@ class Material:
         general: the general text; None where the base is no trained model.
         validation, training: held-out and training documents; training's are a sample.
         endings: held-out documents with only the token supervised that ends the answer.
+        taught_ends: share of the training documents whose end is learnt; None where there are no answers.
         answerable, unanswerable: prompts to be answered, and to be refused.
         max_new_tokens: of an answer.
         contract, contract_cases: what outputs must keep, and the inputs that try it.
@@ -61,6 +62,7 @@ class Material:
     max_new_tokens: int
     refusals: Refusals
     tokenizer: PreTrainedTokenizerBase
+    taught_ends: float | None = None
     contract: Contract | None = None
     contract_cases: tuple[tuple[Kind, Question], ...] = ()
     context: int = 2048
@@ -82,9 +84,12 @@ def material_of(plan: Plan) -> Material:
     validation = held_out.take(_some(held_out, _SHARES["validation"] * budget))
     refusals = Refusals(spec.refusals)
     prompts: list[Prompt] = []
-    endings = Corpus.from_documents([], [])
+    training = train.take(sample(len(train), _number(train, _SHARES["training"] * budget)))
+    endings, taught_ends = Corpus.from_documents([], []), None
     if recipe.objective == "sft":
-        endings = endings_of(validation, range(len(validation)), tokenizer, recipe.data.max_length or 1 << 30)
+        max_length = recipe.data.max_length or 1 << 30
+        endings = endings_of(validation, range(len(validation)), tokenizer, max_length)
+        taught_ends = share_of_taught_ends(training, tokenizer, max_length)
         prompts = prompts_of(validation, range(len(validation)), tokenizer)
     answerable = [prompt for prompt in prompts if not refusals.matches(prompt.reference)]
     unanswerable = [prompt for prompt in prompts if refusals.matches(prompt.reference)]
@@ -94,8 +99,9 @@ def material_of(plan: Plan) -> Material:
     return Material(
         general=general,
         validation=validation,
-        training=train.take(sample(len(train), _number(train, _SHARES["training"] * budget))),
+        training=training,
         endings=endings,
+        taught_ends=taught_ends,
         answerable=tuple(answerable[:num]),
         unanswerable=tuple(unanswerable[:num]),
         max_new_tokens=new,

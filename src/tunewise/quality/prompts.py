@@ -59,6 +59,17 @@ def endings_of(corpus: Corpus, documents: Sequence[int], tokenizer: PreTrainedTo
     return Corpus.from_documents(found, origins)
 
 
+def share_of_taught_ends(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int) -> float | None:
+    """Return the share of documents, cut ones left out, whose last learnt token is a special one; None: no document."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    last = [
+        int(ids[np.flatnonzero(marks)[-1]])
+        for ids, marks in map(corpus.document, range(len(corpus)))
+        if len(ids) < max_length and marks.any()
+    ]
+    return sum(token in special for token in last) / len(last) if last else None
+
+
 def last_answer(marks: NDArray[np.bool_]) -> int:
     """Return where the last run of supervised tokens begins; 0 when nothing is supervised."""
     places = np.flatnonzero(marks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tunewise.engine.state import restore_trainable
 from tunewise.errors import VerificationError
 from tunewise.export import finish
 from tunewise.export.adapter import save_adapter
+from tunewise.export.finish import relative_difference
 from tunewise.export.result import Result
 from tunewise.methods.method import Run
 from tunewise.workload.model import load_config
@@ -177,3 +179,11 @@ def test_a_wrongly_written_model_is_noticed(
     with pytest.raises(VerificationError, match=r"logits differ from the trained one's by \d"):
         train(files, tmp_path / "run", {})
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_logits_of_minus_infinity_are_equal_on_both_sides() -> None:
+    nowhere = float("-inf")
+    assert relative_difference(torch.tensor([[1.0, nowhere]]), torch.tensor([[1.0, nowhere]])) == 0.0
+    assert relative_difference(torch.tensor([[1.0, nowhere]]), torch.tensor([[2.0, nowhere]])) == 0.5
+    assert relative_difference(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, nowhere]])) == float("inf")
+    assert math.isnan(relative_difference(torch.tensor([[math.nan]]), torch.tensor([[1.0]])))

@@ -12,7 +12,10 @@ from tests.unit.architectures import tiny_model
 from tests.unit.built import make_recipe, make_run
 from tunewise.layers.initialization import InitKind, initialize
 from tunewise.layers.linear import linear_layers, weight_of
+from tunewise.methods.bottleneck import BottleneckAdapter
+from tunewise.methods.freezing import Freeze
 from tunewise.methods.initialization import Initialize
+from tunewise.methods.lora import LoRA
 from tunewise.recipe import ModelSpec
 
 OUTPUTS, INPUTS = 300, 200
@@ -86,3 +89,12 @@ def test_pretrained_weights_are_not_destroyed() -> None:
     assert "random" in str(Initialize().conflict(make_recipe()))
     scratch = make_recipe().replace(model=ModelSpec(name="tiny", weights="random"))
     assert Initialize().conflict(scratch) is None
+
+
+def test_an_adapter_would_be_saved_without_the_base_that_was_drawn() -> None:
+    recipe = make_recipe().replace(model=ModelSpec(name="tiny", weights="random"))
+    for adapter in (LoRA(), BottleneckAdapter()):
+        problem = Initialize().conflict(recipe.replace(methods=(Initialize(), adapter)))
+        assert problem is not None
+        assert adapter.name in problem
+    assert Initialize().conflict(recipe.replace(methods=(Initialize(), Freeze(train=("*norm*",))))) is None

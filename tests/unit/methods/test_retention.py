@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tests.laws.test_same_gradients import corpus, loss_and_gradients, make_run
 from tunewise.engine.evaluate import validation_loss
-from tunewise.engine.step import gradients, parameter_groups, set_learning_rate, update
+from tunewise.engine.step import gradients, parameter_groups, set_learning_rate, update, update_in_backward
 from tunewise.errors import Conflict
 from tunewise.layers.lora import adapters_off, lora_layers
 from tunewise.methods import L2SP, SGD, AdamW, Checkpointing, Freeze, KLToBase, LoRA, Packing, Quantize
@@ -115,6 +115,28 @@ def test_validation_is_plain_cross_entropy() -> None:
 def test_what_is_refused(methods: tuple[Method, ...], word: str) -> None:
     with pytest.raises(Conflict, match=word):
         make_run(methods, 7)
+
+
+def test_without_factors_the_pull_may_be_inside_backward() -> None:
+    recipe = make_run((), 7).recipe
+    assert L2SP().conflict(recipe.replace(methods=(Freeze(train=("*norm*",)), AdamW(in_backward=True)))) is None
+    ends = []
+    for is_inside in (False, True):
+        methods = (Freeze(train=("*norm*",)), SGD(), L2SP(strength=20.0))
+        run = make_run(methods, 7)
+        assert (
+            conflicts(run.recipe.replace(training=run.recipe.training.model_copy(update={"max_grad_norm": None}))) == []
+        )
+        optimizer, scaler = run.make_optimizer(parameter_groups(run)), torch.amp.GradScaler("cpu", enabled=False)
+        set_learning_rate(optimizer, 1e-2)
+        if is_inside:
+            update_in_backward(run, optimizer)
+        for _ in range(3):
+            gradients(run, [whole_batch()], int(corpus().num_supervised.sum()), scaler)
+            if not is_inside:
+                update(run, optimizer, scaler)
+        ends.append([parameter.detach() for _, parameter in run.trainable()])
+    assert all(torch.equal(plain, inside) for plain, inside in zip(*ends, strict=True))
 
 
 def test_a_second_loss_is_refused() -> None:

@@ -14,7 +14,7 @@ from tunewise.quality.general_text import GeneralText
 from tunewise.quality.generate import Answer
 from tunewise.quality.losses import DocumentLosses
 from tunewise.quality.material import Material
-from tunewise.quality.prompts import Prompt, endings_of, prompts_of
+from tunewise.quality.prompts import Prompt, endings_of, prompts_of, share_of_taught_ends
 from tunewise.quality.refusals import Refusals
 from tunewise.quality.scores import Scores
 from tunewise.quality.template import template_problems
@@ -146,6 +146,21 @@ def test_off_and_shorthands() -> None:
     assert not QualitySpec.model_validate(False).gate
     assert not QualitySpec.model_validate("off").gate
     assert QualitySpec.model_validate({}).gate
+
+
+def test_ends_that_were_never_learnt_fail_however_likely_they_are(material: Material) -> None:
+    for share, expected in ((0.0, ["endings"]), (0.5, [])):
+        assert failed(judge(QualitySpec(), replace(material, taught_ends=share), BASE, GOOD, CONTEXT)) == expected
+
+
+def test_how_many_ends_are_taught(tokenizer: PreTrainedTokenizerBase) -> None:
+    end = tokenizer.eos_token_id
+    taught = ([5, 6, end], [False, True, True])
+    untaught = ([5, 6, end], [False, True, False])
+    cut = ([5, 6, 7, 8], [False, True, True, True])
+    corpus = Corpus.from_documents([taught, untaught, untaught, untaught, cut], ["here"] * 5)
+    assert share_of_taught_ends(corpus, tokenizer, max_length=4) == 0.25
+    assert share_of_taught_ends(corpus.take([4]), tokenizer, max_length=4) is None
 
 
 def test_prompts_and_endings_out_of_documents(tokenizer: PreTrainedTokenizerBase) -> None:
