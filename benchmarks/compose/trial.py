@@ -56,12 +56,14 @@ MEMORY_TOLERANCE = 0.01
 BY_DEFINITION = (
     "both set the", "there is none", "cannot be clipped", "unscale", "full fine-tuning cannot train", "stream keeps",
     "is saved without it", "masters of its own", "both factors of LoRA", "lets a block's weights go",
+    "would not be in peft's files", "are two adapters", "keep fp32 ones besides", "nothing to store",
 )  # fmt: skip
 """Refusals that no trial can prove: a training goes on without, only not as it was wished.
 
 Two methods in a slot that holds one; a wish about something that is absent; clipping and unscaling inside backward;
 packed weights that would be trained; streaming where nothing is frozen; an adapter whose base is lost; a pull that the
-optimizer's masters overwrite, or that sees one factor moved and the other not; a streamed block that stays in memory.
+optimizer's masters overwrite, or that sees one factor moved and the other not; a streamed block that stays in memory;
+what would be saved only in part (16-bit logits hide a small loss); masters twice; a store for no gradients.
 """
 
 Verdict = Literal["trained", "refused", "wrong"]

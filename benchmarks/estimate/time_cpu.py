@@ -2,10 +2,10 @@
 
     python benchmarks/estimate/time_cpu.py --json OUT [--rows N] [--seconds N]
 
-Every row is a recipe for a small random model of 8 to 16 blocks and documents of uneven lengths. The prediction is
-`tunewise plan --measure`'s: the step timed on two models of fewer blocks (`planner.rehearsal`). Then the engine does
-global steps of training with the whole model, each of other documents, and its tokens per second are what is compared.
-Each row has a process of its own.
+Every row is a recipe for a random model of 8 to 24 blocks and documents of uneven lengths. The prediction is
+`tunewise plan --measure`'s (`planner.rehearsal`): the step timed on two models of fewer blocks, or on the whole model
+where it is small. Then the engine does global steps of training with the whole model, each of other documents, and its
+tokens per second are what is compared. Each row has a process of its own.
 
 With --seconds the call begins no row after so long (exit code 75), and the same command goes on: rows are kept in OUT.
 """
@@ -48,6 +48,7 @@ SIZES: dict[str, dict[str, int]] = {
     "256": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2},
     "384": {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6},
     "576": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4},
 }
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2", "qwen3")
 DEPTHS = (8, 10, 12, 16)
@@ -136,7 +137,19 @@ def cases(seed: int = 0) -> list[Case]:
                 )
             )
     draw.shuffle(found)
-    return found
+    return found + deep_cases()
+
+
+def deep_cases() -> list[Case]:
+    """Return the rows whose model is too large to be timed whole."""
+    methods = (
+        "lora mixed",
+        "lora mixed checkpointing",
+        "lora mixed packed",
+        "nf4 lora mixed",
+        "full pure checkpointing",
+    )
+    return [Case("llama", "1024", 24, 16384, name, 4, 2, 120) for name in methods]
 
 
 def run_case(case: Case) -> dict[str, Any]:

@@ -38,12 +38,20 @@ _FEWEST_BLOCKS = 2
 """With a single block the first is also the last, which real models never see."""
 
 
-def shallow_depths(config: PretrainedConfig, recipe: Recipe, apart: int = 1) -> tuple[Kept, Kept] | None:
-    """Return which blocks two shallow models keep, the second one `apart` periods more; None: take the whole model."""
+def shallow_depths(
+    config: PretrainedConfig, recipe: Recipe, apart: int = 1, fewest: int = _FEWEST_BLOCKS
+) -> tuple[Kept, Kept] | None:
+    """Return which blocks two shallow models keep, or None: take the whole model.
+
+    Args:
+        config, recipe: of the whole model.
+        apart: how many periods the second one has more.
+        fewest: blocks of the first one, at least.
+    """
     signatures = block_signatures(config, recipe)
     start, end, period = _longest_periodic_run(signatures)
     rest = (end - start) % period
-    small = _shorter(period) + rest
+    small = _shorter(period, fewest) + rest
     large = small + apart * period
     if large >= end - start:
         return None
@@ -170,9 +178,9 @@ def _longest_periodic_run(signatures: Sequence[tuple[Any, ...]]) -> tuple[int, i
     return best
 
 
-def _shorter(period: int) -> int:
+def _shorter(period: int, fewest: int = _FEWEST_BLOCKS) -> int:
     """Return how many blocks of a run the shallower model keeps: whole periods."""
-    return period * -(-_FEWEST_BLOCKS // period)
+    return period * -(-fewest // period)
 
 
 def _number_part(pattern: str) -> int | None:

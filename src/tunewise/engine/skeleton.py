@@ -20,17 +20,27 @@ from tunewise.layers.head import base_model_of
 _NUMBERS_OF_BLOCKS = ("idx", "index", "layer_id", "layer_number")
 """Parts of the names of attributes that hold a block's own number, in which all blocks differ."""
 
-_known: dict[str, tuple[str, ...]] = {}
+_known: dict[str, tuple[tuple[str, int], ...]] = {}
 
 
 def block_kinds(config: PretrainedConfig) -> tuple[str, ...]:
     """Return a word for each block of the model; blocks of one word compute alike and have tensors of like shapes."""
+    return tuple(word for word, _ in _blocks(config))
+
+
+def block_sizes(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the parameters of each block of the model."""
+    return tuple(size for _, size in _blocks(config))
+
+
+def _blocks(config: PretrainedConfig) -> tuple[tuple[str, int], ...]:
+    """Return (kind, parameters) of each block."""
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _known:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         blocks = [each for each in base_model_of(model).modules() if isinstance(each, GradientCheckpointingLayer)]
-        _known[key] = tuple(map(_word, blocks))
+        _known[key] = tuple((_word(block), sum(p.numel() for p in block.parameters())) for block in blocks)
     return _known[key]
 
 

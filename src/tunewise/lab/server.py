@@ -52,9 +52,10 @@ def main() -> None:
         if "preload" in job:
             _preload(job["preload"])
             continue
+        server = os.getpid()
         child = os.fork()
         if child == 0:
-            run_job(job)
+            run_job(job, server)
         _say({"started": child})
         _, status = os.waitpid(child, 0)
         _say({"ended": os.waitstatus_to_exitcode(status)})
@@ -67,10 +68,10 @@ def _preload(modules: list[str]) -> None:
             importlib.import_module(module)
 
 
-def run_job(job: dict[str, Any]) -> None:
-    """Do a job in this process, which ends with it."""
+def run_job(job: dict[str, Any], server: int) -> None:
+    """Do a job in this process, which ends with it, or with `server`, its parent."""
     os.setsid()  # so that the whole group of the trial can be killed
-    die_with_parent()
+    die_with_parent(server)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _redirect(Path(job["folder"]) / "log.txt")
     _prefer_to_be_killed()
@@ -125,9 +126,14 @@ def _redirect(log: Path) -> None:
     os.close(file)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux); elsewhere nothing happens."""
-    parent = os.getppid()
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux); elsewhere nothing happens.
+
+    Args:
+        parent: the parent's process id where it is known from before the fork: a parent that dies before this call
+            has been replaced already, and asking for its id would find the one that took over.
+    """
+    parent = os.getppid() if parent is None else parent
     library = ctypes.util.find_library("c")
     control = getattr(ctypes.CDLL(library), "prctl", None) if library else None
     if control is not None:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from tunewise.errors import InputError
+from tunewise.errors import Conflict, InputError
 from tunewise.layers.bottleneck import Activation, Bottleneck
 from tunewise.layers.linear import is_linear, linear_shape
 from tunewise.layers.lora import LoRALinear
@@ -71,7 +71,8 @@ class BottleneckAdapter(Method):
         """Put adapters behind the layers, whatever is on them already.
 
         Raises:
-            InputError: the model has no layer of these names.
+            InputError: the model has no layer of the names that the recipe gives.
+            Conflict: it has none of the usual names.
         """
         adapters = self.put_behind(run.model, self._targets(run.model))
         for name, adapter in adapters.items():
@@ -112,7 +113,7 @@ class BottleneckAdapter(Method):
         ends = _ATTENTION_ENDS * ("attention" in self.after) + _FEED_FORWARD_ENDS * ("mlp" in self.after)
         found = [name for name in layers if any(ends_with(name, end) for end in ends)]
         if not found:
-            raise InputError(
+            raise Conflict(
                 f"bottleneck: this model has no layer that is called {', '.join(ends)}. Name the last linear layers of "
                 "its attention and feed-forward parts in bottleneck.target_modules."
             )

@@ -132,6 +132,7 @@ class Peft(Method):
                 raise InputError(f"peft: {self.kind} does not fit this model: {error}") from error
         assert isinstance(model, nn.Module)
         self._restore_others(run, model, before)
+        _cast_buffers(model, run.recipe.get(Precision))
         if has_full_masks:
             full_masks.answer_in_forward(model)
         run.model = model
@@ -180,3 +181,17 @@ class Peft(Method):
 def _has_scaled_loss(recipe: Recipe) -> bool:
     precision = recipe.get(Precision)
     return precision is not None and precision.compute == "fp16"
+
+
+def _cast_buffers(model: nn.Module, precision: Precision | None) -> None:
+    """Give frozen projections that the library keeps as buffers (VeRA's) the dtype of what is trained beside them.
+
+    It makes them in fp32 and multiplies them with inputs in the dtype of the trained vectors.
+    """
+    if precision is None or precision.trainable_dtype.itemsize >= 4:
+        return
+    for module in model.modules():
+        if type(module).__name__ == "BufferDict":
+            for name, buffer in module.items():
+                if buffer.is_floating_point():  # others are indices
+                    module[name] = buffer.to(precision.trainable_dtype)

@@ -94,8 +94,10 @@ class Precision(Method):
                 raise Conflict("precision: tf32 exists on CUDA devices only. Use compute: fp32 or bf16.")
             if not run.is_dry:
                 torch.set_float32_matmul_precision("high")
+        beside = _frozen_beside_trained(run.model)
         for parameter in run.model.parameters():
-            dtype = self.trainable_dtype if parameter.requires_grad else self.storage_dtype
+            is_trained = parameter.requires_grad or id(parameter) in beside
+            dtype = self.trainable_dtype if is_trained else self.storage_dtype
             if _is_plain_float(parameter) and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         run.storage_dtype = self.storage_dtype
@@ -104,6 +106,16 @@ class Precision(Method):
         # 16-bit inputs.
         run.autocast_dtype = self.storage_dtype if is_mixed and _trains_outside_lora(run.model) else None
         run.use_grad_scaler = self.compute == "fp16"
+
+
+def _frozen_beside_trained(model: nn.Module) -> set[int]:
+    """Return the ids of frozen vectors in modules that train others: a norm takes weight and bias of one dtype only."""
+    found: set[int] = set()
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 1]
+        if any(parameter.requires_grad for parameter in own):
+            found |= {id(parameter) for parameter in own if not parameter.requires_grad}
+    return found
 
 
 def dtype_table(model: nn.Module) -> DtypeTable:

@@ -3,7 +3,8 @@
 A roofline knows ceilings, not caches, fresh pages or kernels that fit a shape badly. What a step really takes is known
 to who runs it. All blocks of a kind take equally long, so the engine's own step on two models of few blocks, with
 random weights of the true shapes and rows of the true lengths, gives the step of the whole model. Both are timed in
-turns, so that a machine that slows down slows down both.
+turns, so that a machine that slows down slows down both, and every turn takes another step of the data: a training
+never meets the same shapes again either. The shallow models are deep enough not to live in the processor's cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig
 
 from tunewise.engine.build import build
 from tunewise.engine.extension import shallow, shallow_depths
+from tunewise.engine.skeleton import block_sizes
 from tunewise.engine.step import (
     begin_step,
     clipped_norm,
@@ -51,6 +53,9 @@ WARM_UP, FEWEST_ROUNDS, MOST_ROUNDS = 2, 4, 12
 
 ENOUGH_SECONDS = 4.0
 """Rounds are repeated for about this long, at least FEWEST_ROUNDS times."""
+
+CACHE_BYTES = 256 * 2**20
+"""A shallow model whose weights are smaller may live in a processor's last cache, where the whole model would not."""
 
 OFF_BY = (0.79, 1.42)
 """Measured over rehearsed time: the range of 14 trainings on two cores (benchmarks/estimate/time_cpu.py)."""
@@ -94,7 +99,8 @@ def rehearse(recipe: Recipe, config: PretrainedConfig, load: Load) -> Rehearsal:
         Conflict: the recipe's methods contradict each other or this model.
     """
     depth = int(config.get_text_config().num_hidden_layers)
-    pairs = (shallow_depths(config, recipe, apart) for apart in range(APART, 0, -1))
+    fewest = _blocks_beyond_the_cache(config, recipe)
+    pairs = (shallow_depths(config, recipe, apart, fewest) for apart in range(APART, 0, -1))
     kept = next((pair for pair in pairs if pair is not None), None)
     models = [(config, recipe)] if kept is None else [shallow(config, recipe, blocks) for blocks in kept]
     blocks = (depth,) if kept is None else tuple(map(len, kept))
@@ -105,7 +111,7 @@ def rehearse(recipe: Recipe, config: PretrainedConfig, load: Load) -> Rehearsal:
     while len(seconds) < WARM_UP + FEWEST_ROUNDS or (
         time.perf_counter() - started < ENOUGH_SECONDS and len(seconds) < WARM_UP + MOST_ROUNDS
     ):
-        taken = [each.step() for each in timed]
+        taken = [each.step(len(seconds)) for each in timed]
         seconds.append(taken[0] + (taken[-1] - taken[0]) * factor)
     del timed
     gc.collect()
@@ -113,6 +119,14 @@ def rehearse(recipe: Recipe, config: PretrainedConfig, load: Load) -> Rehearsal:
     middle = statistics.median(rounds)
     low, _, high = statistics.quantiles(rounds, n=4, method="inclusive")
     return Rehearsal(Interval(middle, low * OFF_BY[0], high * OFF_BY[1]), blocks, len(rounds))
+
+
+def _blocks_beyond_the_cache(config: PretrainedConfig, recipe: Recipe) -> int:
+    """Return how many blocks have more weights than a processor's cache holds; at least 2."""
+    precision = recipe.get(Precision)
+    assert precision is not None, "complete() fills in the precision"
+    smallest = min(block_sizes(config), default=CACHE_BYTES) * precision.loading_dtype(recipe).itemsize
+    return max(2, -(-CACHE_BYTES // max(1, smallest)))
 
 
 def rehearsed(case: Case, predictor: Predictor, selection: Selection) -> Selection:
@@ -162,24 +176,25 @@ class _Timed:
         self.device = torch.device(recipe.device)
         model = random_model(config, precision.loading_dtype(recipe), recipe.seed)
         self.run = build(recipe, model, self.device)
-        self.batches, self.scale = _micro_batches(load, self.run.layout, config.get_text_config().vocab_size)
-        self.num_supervised = max(1, sum(batch.num_supervised for batch in self.batches))
+        self.steps = _Steps(load, self.run.layout, config.get_text_config().vocab_size)
         self.optimizer = self.run.make_optimizer(parameter_groups(self.run))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.run.use_grad_scaler)
         set_learning_rate(self.optimizer, 0.0)
         if self.run.update_in_backward:
             update_in_backward(self.run, self.optimizer)
 
-    def step(self) -> float:
-        """Do a step of the chosen micro-batches and return the seconds of one with all of them."""
+    def step(self, number: int) -> float:
+        """Do some micro-batches of a sampled step and return the seconds of a mean step with all of them."""
+        batches, scale = self.steps.micro_batches(number)
+        num_supervised = max(1, sum(batch.num_supervised for batch in batches))
         started = self._now()
         begin_step(self.run, 0)
-        gradients(self.run, iter(self.batches), self.num_supervised, self.scaler)
+        gradients(self.run, iter(batches), num_supervised, self.scaler)
         learnt = self._now()
         if not self.run.update_in_backward:
             clipped_norm(self.run, self.optimizer, self.scaler)
             update(self.run, self.optimizer, self.scaler)
-        return (learnt - started) * self.scale + self._now() - learnt
+        return (learnt - started) * scale + self._now() - learnt
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -187,22 +202,30 @@ class _Timed:
         return time.perf_counter()
 
 
-def _micro_batches(load: Load, layout: Layout, vocab_size: int) -> tuple[list[MicroBatch], float]:
-    """Return micro-batches of the most usual sampled step, and how many such parts a mean step has.
+class _Steps:
+    """The sampled steps as micro-batches of random tokens.
 
-    Tokens are drawn at random: what they are does not change a step's time, but that they differ does (experts).
+    What the tokens are does not change a step's time, but that they differ does (experts).
     """
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, vocab_size, len(load.corpus.token_ids)).astype(np.int32)
-    corpus = Corpus(ids, load.corpus.is_supervised, load.corpus.offsets, load.corpus.origins)
-    mean = load.tokens_per_step
-    step = min(load.steps, key=lambda documents: abs(float(load.lengths[list(documents)].sum()) - mean))
-    groups = layout.micro_batches(step, load.lengths)
-    places = np.unique(np.linspace(0, len(groups) - 1, MOST_MICRO_BATCHES).round().astype(int))
-    batches = [layout.build(groups[place], corpus) for place in places]
-    positions = [_positions(layout.build(rows, corpus)) for rows in groups] if len(groups) > len(batches) else None
-    share = 1.0 if positions is None else sum(positions) / sum(map(_positions, batches))
-    return batches, share * mean / float(load.lengths[list(step)].sum())
+
+    def __init__(self, load: Load, layout: Layout, vocab_size: int) -> None:
+        generator = np.random.default_rng(0)
+        ids = generator.integers(0, vocab_size, len(load.corpus.token_ids)).astype(np.int32)
+        self.corpus = Corpus(ids, load.corpus.is_supervised, load.corpus.offsets, load.corpus.origins)
+        self.load, self.layout = load, layout
+        self.order = generator.permutation(len(load.steps))
+
+    def micro_batches(self, number: int) -> tuple[list[MicroBatch], float]:
+        """Return micro-batches of one sampled step, and how many such parts a mean step has."""
+        step = self.load.steps[self.order[number % len(self.order)]]
+        groups = self.layout.micro_batches(step, self.load.lengths)
+        places = np.unique(np.linspace(0, len(groups) - 1, MOST_MICRO_BATCHES).round().astype(int))
+        batches = [self.layout.build(groups[place], self.corpus) for place in places]
+        share = 1.0
+        if len(groups) > len(batches):
+            positions = [_positions(self.layout.build(rows, self.corpus)) for rows in groups]
+            share = sum(positions) / sum(map(_positions, batches))
+        return batches, share * self.load.tokens_per_step / float(self.load.lengths[list(step)].sum())
 
 
 def _positions(batch: MicroBatch) -> int:

@@ -142,3 +142,20 @@ def _is_sleeper(pid: int) -> bool:
         return "open(" in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return True
+
+
+def test_a_trial_whose_server_died_before_it_began_ends(tmp_path: Path) -> None:
+    survived = tmp_path / "survived"
+    code = f"""
+import os, time
+from tunewise.lab.server import die_with_parent
+server = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == server:
+        time.sleep(0.01)
+    die_with_parent(server)
+    open({str(survived)!r}, "w").close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not done.stderr  # the child holds this pipe: it has ended
+    assert not survived.exists()

@@ -19,6 +19,7 @@ from tunewise.export.adapter import load_peft, save_peft
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
 from tunewise.methods.peft import NOT_DRY, PROMPT_LEARNING, REFUSED, Peft
+from tunewise.methods.precision import Precision
 from tunewise.methods.quantization import Quantize
 
 peft = pytest.importorskip("peft")
@@ -191,3 +192,15 @@ def test_an_option_that_needs_values_has_no_dry_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tunewise.methods.peft.NOT_DRY", {})
     with FakeTensors(), Answers(), pytest.raises(Conflict, match="SHIRA with these options reads values"):
         adapted("SHIRA", is_dry=True)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_every_kind_computes_in_16_bits_only(kind: str) -> None:
+    methods = Peft(kind=kind.lower(), options=OPTIONS[kind]), Precision(compute="bf16", trainable="same")
+    model = tiny_model("llama").to(torch.bfloat16)
+    run = make_run(model, *methods)
+    output = run.model.train()(input_ids=token_ids(), use_cache=False).logits
+    output.float().square().mean().backward()
+    trained = dict(run.trainable())
+    assert {parameter.dtype for parameter in trained.values()} == {torch.bfloat16}
+    assert all(parameter.grad is not None for parameter in trained.values())

@@ -159,3 +159,13 @@ def test_peft_methods_with_whole_loss(kind: str, precision: Precision) -> None:
     loss, gradients = loss_and_gradients(run.model, loss_of(run, batch))
     assert loss > 0
     assert sum(float(g.abs().sum()) for g in gradients.values()) > 0
+
+
+@pytest.mark.parametrize("pattern", ["*bias", "*ln_*.weight"])
+def test_a_norm_that_is_trained_in_part_computes(pattern: str) -> None:
+    run = make_run(tiny_model("gpt2"), Freeze(train=(pattern,)), Precision(compute="bf16", trainable="fp32"))
+    norm = run.model.get_submodule("transformer.h.0.ln_1")
+    assert {parameter.dtype for parameter in norm.parameters()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast_dtype is not None):
+        run.model(input_ids=torch.arange(3, 12)[None], use_cache=False).logits.float().square().mean().backward()
+    assert all(parameter.grad is not None for _, parameter in run.trainable())

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from tunewise.cli import app
+from tunewise.engine.skeleton import block_sizes
 from tunewise.errors import InputError
 from tunewise.methods import complete
 from tunewise.methods.reading import recipe_from_mapping
@@ -49,7 +50,8 @@ class Clock:
         del recipe, load
         self.seconds = float(1 + config.num_hidden_layers)
 
-    def step(self) -> float:
+    def step(self, number: int) -> float:
+        assert number >= 0
         return self.seconds
 
 
@@ -59,6 +61,7 @@ def test_a_linear_step_is_extended_exactly(
 ) -> None:
     monkeypatch.setattr(rehearsal, "_Timed", Clock)
     monkeypatch.setattr(rehearsal, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(rehearsal, "CACHE_BYTES", 0)
     config = config_of(depth)
     recipe = recipe_of(config)
     found = rehearse(recipe, config, load_of([20] * 16, recipe))
@@ -76,17 +79,35 @@ def test_the_real_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < found.step_seconds.low < found.step_seconds.high < 60
 
 
-def test_a_long_step_is_timed_in_parts() -> None:
+def test_a_model_that_a_cache_could_hold_is_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_Timed", Clock)
+    monkeypatch.setattr(rehearsal, "ENOUGH_SECONDS", 0.0)
+    config = config_of(32)
+    recipe = recipe_of(config, methods={"lora": {}, "precision": {"compute": "fp32"}})
+    block = block_sizes(config)[0] * 4
+    for cache, blocks in ((block * 40, (32,)), (block * 10, (10, 14)), (block * 31, (32,)), (block * 30, (30, 31))):
+        monkeypatch.setattr(rehearsal, "CACHE_BYTES", cache)
+        assert rehearse(recipe, config, load_of([20] * 16, recipe)).blocks == blocks
+
+
+def test_a_long_step_is_timed_in_parts_and_every_time_another_one() -> None:
     config = config_of(2)
     recipe = recipe_of(config, batch={"documents": 12})
     lengths = [10 * (number % 12 + 1) for number in range(48)]
     load = load_of(lengths, recipe)
-    batches, scale = rehearsal._micro_batches(load, Layout(1), vocab_size=128)
-    assert len(batches) == rehearsal.MOST_MICRO_BATCHES
-    timed = sum(batch.input_ids_RL.numel() for batch in batches)
-    assert scale * timed == pytest.approx(load.tokens_per_step, rel=0.01)
+    steps = rehearsal._Steps(load, Layout(1), vocab_size=128)
+    assert len(load.steps) == 3  # the last one of the epoch is ragged
+    seen = []
+    for number in range(4):
+        batches, scale = steps.micro_batches(number)
+        assert len(batches) == rehearsal.MOST_MICRO_BATCHES
+        timed = sum(batch.input_ids_RL.numel() for batch in batches)
+        assert scale * timed == pytest.approx(load.tokens_per_step, rel=0.01)
+        seen.append(tuple(int(batch.input_ids_RL.sum()) for batch in batches))
     assert len(set(batches[0].input_ids_RL.flatten().tolist())) > 3  # experts would see one token only
-    whole, alone = rehearsal._micro_batches(load, Layout(12), vocab_size=128)
+    assert len(set(seen)) == 3
+    assert seen[3] == seen[0]  # the sample is used up
+    whole, alone = rehearsal._Steps(load, Layout(12), vocab_size=128).micro_batches(0)
     assert len(whole) == 1
     assert alone == pytest.approx(load.tokens_per_step / whole[0].num_tokens)
 
@@ -101,6 +122,7 @@ def test_what_was_measured_is_in_the_plan_and_in_the_calibration(
 ) -> None:
     monkeypatch.setattr(rehearsal, "_Timed", Clock)
     monkeypatch.setattr(rehearsal, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(rehearsal, "CACHE_BYTES", 0)
     monkeypatch.setenv("TUNEWISE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tunewise.planner.case.MEASURE_SECONDS", 0.1)
     file = tmp_path / "config.json"
