@@ -158,7 +158,7 @@ def test_a_large_model_is_never_instantiated() -> None:
         num_key_value_heads=8, vocab_size=128256,
     )  # fmt: skip
     methods = {"quantize": {"kind": "nf4"}, "lora": {}, "checkpointing": {}, "precision": {"compute": "bf16"}}
-    recipe = recipe_of(config, methods)
+    recipe = recipe_of(config, {**methods, "attention": {"kind": "per_document"}})
     kinds = dry_run(recipe, config, "cuda", BatchShape.uniform(1, 4096)).moments[Moment.BACKWARD].kinds
     packed = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     unpacked = 2 * 128256 * 8192

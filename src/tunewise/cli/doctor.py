@@ -25,8 +25,8 @@ def run(
     recipe = complete(recipe, config, choose_device(recipe.device))
     tokenizer = load_tokenizer(recipe.model)
     vocab_size = config.get_text_config().vocab_size
-    diagnosis, train, _, said = diagnose(recipe, tokenizer, context_length(config), vocab_size)
-    show_diagnosis(said, diagnosis)
-    show_preview(train.corpus, tokenizer, preview)
-    if diagnosis.errors:
+    found = diagnose(recipe, tokenizer, context_length(config), vocab_size)
+    show_diagnosis(found.said, found.diagnosis)
+    show_preview(found.train, tokenizer, preview)
+    if found.diagnosis.errors:
         raise typer.Exit(2)

@@ -11,9 +11,11 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tunewise.lab.findings import Factor
+from tunewise.layers import native
 from tunewise.machine.machine import Machine
 from tunewise.methods import (
     Attention,
@@ -29,9 +31,22 @@ from tunewise.methods import (
 )
 from tunewise.methods.attention import default_attention_kind
 from tunewise.methods.compatibility import conflicts
-from tunewise.methods.defaults import DEFAULT_MICRO_BATCH_SIZE
+from tunewise.methods.defaults import DEFAULT_MICRO_BATCH_SIZE, kernels_suit
 from tunewise.planner.predict import Predictor
-from tunewise.planner.space import BF16, FP16, FP32, FULL, KEPT, PADDED, PLAIN_KERNELS, WHOLE, Axis, Choice, Option
+from tunewise.planner.space import (
+    BF16,
+    FP16,
+    FP32,
+    FULL,
+    FUSED_LABEL,
+    KEPT,
+    PADDED,
+    PLAIN_KERNELS,
+    WHOLE,
+    Axis,
+    Choice,
+    Option,
+)
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
 
 ACCUMULATION = "accumulation"
@@ -177,7 +192,7 @@ def factor_space(base: Recipe, config: PretrainedConfig, machine: Machine, predi
         *_packing(base, predictor),
         *_loss(base),
         *_attention(base, config),
-        *_kernels(base),
+        *_kernels(base, config, machine),
         *_accumulation(base, predictor),
         *_checkpointing(base),
         *_tuning(base),
@@ -270,12 +285,15 @@ def _attention(base: Recipe, config: PretrainedConfig) -> list[Switch]:
     return [_switch("attention", "attention", off, on, words, Fidelity.ROUNDING)]
 
 
-def _kernels(base: Recipe) -> list[Switch]:
-    """A recipe without the compiled kernels is not given them: they need a compiler."""
+def _kernels(base: Recipe, config: PretrainedConfig, machine: Machine) -> list[Switch]:
+    """The compiled kernels, where the recipe has them or this machine and model can have them."""
     fused = base.get(Fused)
     if fused is None:
-        return []
-    on = Option("fused kernels", (fused,), fidelity=Fidelity.ROUNDING)
+        suits = kernels_suit(base.methods or (), config, torch.device(machine.kind))
+        if not suits or native.why_not() is not None:
+            return []
+        fused = Fused()
+    on = Option(FUSED_LABEL, (fused,), fidelity=Fidelity.ROUNDING)
     words = (PLAIN_KERNELS.label, "compiled, in fewer passes")
     return [_switch("fused", "kernels", PLAIN_KERNELS, on, words, Fidelity.ROUNDING)]
 

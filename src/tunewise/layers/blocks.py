@@ -18,28 +18,32 @@ from tunewise.layers.linear import is_linear
 from tunewise.layers.lora import LoRALinear
 from tunewise.layers.products import attend
 from tunewise.layers.siblings import gated_mlp, siblings
+from tunewise.layers.twins import Twin
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Granite")
 """How the names of modules begin whose norms, MLPs and attentions are the plain ones (transformers 5.23)."""
 
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite"})
+"""The same families as transformers' configurations name them; relatives ("qwen2_moe") have other modules."""
+
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class FusedMLP(nn.Module):
+class FusedMLP(Twin):
     """down(silu(gate(x)) * up(x)), with the layers of the MLP that stood here."""
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+    def __init__(self, original: Any) -> None:
+        super().__init__(original)
+        self.gate_proj, self.up_proj, self.down_proj = original.gate_proj, original.up_proj, original.down_proj
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (..., hidden_size) to the same."""
         return gated_mlp(hidden_states, self.gate_proj, self.up_proj, self.down_proj)
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Twin):
     """Projections, rotary positions and attention per document in the compiled kernels.
 
     Where a mask or a cache is given (generating), or the numbers are no fp32 or bf16 of the CPU, the module that stood
@@ -53,14 +57,14 @@ class FusedAttention(nn.Module):
     head_dim: int
 
     def __init__(self, original: Any, documents: DocumentLayout) -> None:
-        super().__init__()
+        super().__init__(original)
         for name, child in original.named_children():
             setattr(self, name, child)
-        self._hidden_original = (original,)  # in a tuple, so that its children are not there twice
         self.documents = documents
         self.head_dim, self.scaling = original.head_dim, original.scaling
         self.layer_idx, self.config, self.is_causal = original.layer_idx, original.config, True
-        self.window = getattr(original, "sliding_window", None)
+        reads_config = type(original).__name__.startswith("Mistral")  # where other families keep it in the module
+        self.window = getattr(original.config if reads_config else original, "sliding_window", None)
 
     def forward(
         self,
@@ -76,9 +80,10 @@ class FusedAttention(nn.Module):
         is_plain = attention_mask is None and past_key_values is None and self.documents.is_for(rows, width)
         is_plain = is_plain and position_embeddings[0].shape[-1] == self.head_dim
         if kernels is None or not is_plain or not can_compute(hidden_states):
-            return self._original_forward(
+            computed: tuple[Tensor, Tensor | None] = self.original()(
                 hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )
+            return computed
         query, key, value = siblings(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
         cos_TD, sin_TD = (self._per_token(part, rows, query.dtype) for part in position_embeddings)
         plan = self.documents.plan(query, rows, width)
@@ -92,14 +97,6 @@ class FusedAttention(nn.Module):
     def _per_token(part: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         """Return cos or sin for every token, (T, D); models give one row of positions where all rows have the same."""
         return part.expand(rows, -1, -1).flatten(0, 1).to(dtype).contiguous()
-
-    def _original_forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        (original,) = self._hidden_original
-        for name, child in self.named_children():  # a child may have been replaced since (merging does)
-            setattr(original, name, child)
-        original.train(self.training)
-        output: tuple[Tensor, Tensor | None] = original(*args, **kwargs)
-        return output
 
 
 def fused_twin(module: Any, documents: DocumentLayout | None) -> nn.Module | None:
@@ -115,11 +112,11 @@ def fused_twin(module: Any, documents: DocumentLayout | None) -> nn.Module | Non
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
-        return FusedRMSNorm(weight, eps) if weight.ndim == 1 and not children else None
+        return FusedRMSNorm(weight, eps, module) if weight.ndim == 1 and not children else None
     linear = all(is_linear(child) or isinstance(child, LoRALinear) for n, child in children.items() if n != "act_fn")
     if set(children) in ({"gate_proj", "up_proj", "down_proj", "act_fn"}, {"gate_proj", "up_proj", "down_proj"}):
         is_silu = isinstance(getattr(module, "act_fn", None), _SILU)
-        return FusedMLP(*(children[n] for n in ("gate_proj", "up_proj", "down_proj"))) if linear and is_silu else None
+        return FusedMLP(module) if linear and is_silu else None
     if documents is not None and set(children) == set(_PROJECTIONS) and linear:
         known = all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
         return FusedAttention(module, documents) if known and module.head_dim % 2 == 0 else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunewise.layers.native import SUFFIXES, call
+from tunewise.layers.twins import Twin
 
 _LIBRARY = torch.library.Library("tunewise", "FRAGMENT")
 
@@ -106,7 +107,7 @@ cross_entropy_ = define(
 )
 
 
-class FusedRMSNorm(nn.Module):
+class FusedRMSNorm(Twin):
     """w * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv 1910.07467) in one pass each way.
 
     Attributes:
@@ -114,8 +115,8 @@ class FusedRMSNorm(nn.Module):
         variance_epsilon: eps.
     """
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
+    def __init__(self, weight: nn.Parameter, eps: float, original: nn.Module | None = None) -> None:
+        super().__init__(original)
         self.weight = weight
         self.variance_epsilon = eps
 

@@ -1,6 +1,7 @@
 """Compiles `kernels.cpp` with the machine's own C++ compiler, once, and calls it.
 
-The library is kept in the user's cache under a name that depends on source, compiler and processor. Its threads are
+The library is kept in the user's cache under a name that depends on source, compiler and processor, and comes to that
+name whole: several processes may compile at once, and the last one's is as good as the first one's. Its threads are
 torch's: both link libgomp.so.1, and torch's is loaded first. Nothing is compiled where nobody asks for it.
 """
 
@@ -39,11 +40,21 @@ def compiler() -> str | None:
 
 
 @functools.cache
+def why_not() -> str | None:
+    """Say why this machine cannot have the kernels, or return None; where it must, the first call compiles them."""
+    try:
+        library()
+    except Conflict as reason:
+        return str(reason)
+    return None
+
+
+@functools.cache
 def library() -> ctypes.CDLL:
     """Compile the kernels, or find them compiled, and load them.
 
     Raises:
-        Conflict: there is no C++ compiler, or it cannot compile them.
+        Conflict: there is no C++ compiler, it cannot compile them, or there is no place for what it makes.
     """
     found = compiler()
     if found is None:
@@ -57,9 +68,19 @@ def library() -> ctypes.CDLL:
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunewise" / "kernels"
     place = cache / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
-    if not place.is_file():
+    try:
+        if place.is_file():
+            try:
+                return ctypes.CDLL(str(place))
+            except OSError:  # a file that was damaged since is made again
+                place.unlink(missing_ok=True)
         _compile(found, place)
-    return ctypes.CDLL(str(place))
+        return ctypes.CDLL(str(place))
+    except OSError as error:
+        raise Conflict(
+            f"fused: the compiled kernels cannot be kept in {cache} ({error.strerror or error}). Name another folder "
+            "in the environment variable XDG_CACHE_HOME, or leave 'fused' out."
+        ) from None
 
 
 def _processor() -> str:

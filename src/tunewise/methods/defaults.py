@@ -10,18 +10,24 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tunewise.errors import InputError
+from tunewise.layers import native
+from tunewise.layers.blocks import MODEL_TYPES
 from tunewise.methods.attention import Attention, default_attention_kind
 from tunewise.methods.fp8_lm import FP8LM
+from tunewise.methods.fused import Fused
 from tunewise.methods.lora import LoRA
 from tunewise.methods.loss import SupervisedLoss, WholeLoss
 from tunewise.methods.optimizers import AdamW
 from tunewise.methods.packing import Packing
 from tunewise.methods.peft import Peft
 from tunewise.methods.precision import Precision, default_compute
+from tunewise.methods.streaming import Stream
 from tunewise.recipe import BatchSpec, CheckpointSpec, EvaluationSpec, Method, Recipe, Slot, TrainingSpec
 from tunewise.workload.model import context_length
 from tunewise.workload.prepare import default_max_length, resolved_too_long
@@ -53,7 +59,8 @@ def complete(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> 
 
     Without `methods` a fine-tuning gets LoRA on all linear layers and packing; training from scratch gets packing. A
     recipe that lists methods gets exactly these, and of the slots that every run needs (precision, attention, loss,
-    optimizer) the default where it names none.
+    optimizer) the default where it names none. Who does not say how attention is computed leaves the kernels open too,
+    and on a CPU gets the compiled ones where they are to be had (`kernels_suit`).
     """
     max_length = recipe.data.max_length or default_max_length(context_length(config))
     data = recipe.data.model_copy(update={"max_length": max_length, "too_long": resolved_too_long(recipe)})
@@ -63,6 +70,24 @@ def complete(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> 
         evaluation = evaluation.model_copy(update={"general_text": "default"})
     recipe = recipe.replace(methods=methods, device=device.type, data=data, evaluation=evaluation)
     return recipe.replace(batch=_complete_batch(recipe), training=_complete_training(recipe, config))
+
+
+def kernels_suit(methods: Sequence[Method], config: PretrainedConfig, device: torch.device) -> bool:
+    """Say whether these methods on this model would run in the compiled kernels by default, if there is a compiler.
+
+    They were faster in everything that was measured (`benchmarks/scale/run.py --only kernels`). peft's own kinds reach
+    into modules that the kernels replace, so with them they are for who asks for them.
+    """
+    attention = next((method for method in methods if isinstance(method, Attention)), None)
+    precision = next((method for method in methods if isinstance(method, Precision)), None)
+    return (
+        device.type == "cpu"
+        and config.model_type in MODEL_TYPES
+        and type(config).__module__.startswith("transformers.")  # a model's own code may compute anything
+        and not any(isinstance(method, Fused | Stream | Peft) for method in methods)
+        and (attention is None or attention.kind == "per_document")
+        and (precision is None or precision.compute in ("fp32", "bf16"))
+    )
 
 
 def complete_intervals(recipe: Recipe, total_steps: int) -> Recipe:
@@ -82,6 +107,7 @@ def _complete_methods(
     else:
         chosen = [Packing()] if recipe.objective == "pretrain" else [LoRA(), Packing()]
     slots = {method.slot for method in chosen}
+    is_open = Slot.ATTENTION not in slots
     if Slot.PRECISION not in slots:
         keeps_masters = any(isinstance(method, FP8LM) for method in chosen)  # of its own
         chosen.append(Precision(compute=default_compute(device), trainable="same" if keeps_masters else "fp32"))
@@ -94,6 +120,8 @@ def _complete_methods(
         chosen.append(WholeLoss() if prompts else SupervisedLoss())
     if Slot.OPTIMIZER not in slots:
         chosen.append(AdamW())
+    if is_open and kernels_suit(chosen, config, device) and native.why_not() is None:
+        chosen.append(Fused())
     return tuple(
         method.model_copy(update={"row_tokens": max(max_length, DEFAULT_ROW_TOKENS)})
         if isinstance(method, Packing) and method.row_tokens is None

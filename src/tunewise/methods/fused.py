@@ -29,6 +29,9 @@ class Fused(Method):
     layers that share an input are computed as one function, so their factors meet it together. Every replaced module
     is compared with the original when the run is built.
 
+    The default on a CPU with a compiler, for models of known families, unless a recipe says how attention is computed.
+    Without a compiler the default is not taken and a note in `metrics.jsonl` says so; a recipe that names it needs one.
+
     Attributes:
         norms: RMSNorm in one pass.
         mlp: gate, up, SwiGLU and down as one function.
@@ -94,8 +97,8 @@ def _verify(name: str, module: nn.Module, twin: Any, run: Run) -> None:
     Raises:
         Conflict: they differ: this architecture computes something that we do not know.
     """
-    parameter = next(module.parameters())
-    dtype = torch.float32 if parameter.dtype == torch.float32 else torch.bfloat16
+    stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), run.storage_dtype)  # all is packed
+    dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
     size = _input_size(module)
     generator = torch.Generator().manual_seed(0)
     hidden_RLD = torch.randn(2, _LENGTH, size, generator=generator).to(dtype)

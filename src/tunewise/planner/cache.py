@@ -18,16 +18,10 @@ from typing import Any
 import torch
 import transformers
 
+from tunewise.workload.places import cache_folder
+
 SOURCES = ("engine/*.py", "layers/*.py", "methods/*.py", "workload/*.py", "planner/footprint.py", "planner/plain.py")
 """The code that decides about a trace."""
-
-
-def cache_folder() -> Path:
-    """Return tunewise's folder in the user's cache directory; `TUNEWISE_CACHE` names another one."""
-    chosen = os.environ.get("TUNEWISE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunewise"
 
 
 @cache

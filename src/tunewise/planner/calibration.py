@@ -17,7 +17,7 @@ from tunewise.engine.run_folder import read_metrics
 from tunewise.errors import InputError
 from tunewise.machine.catalogue import CATALOGUE, find
 from tunewise.planner import cache
-from tunewise.planner.cache import cache_folder
+from tunewise.workload.places import cache_folder
 
 MAX_RATIOS = 50
 """Of each kind so many of the newest are kept."""

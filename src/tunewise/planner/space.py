@@ -89,6 +89,7 @@ SUPERVISED = Option("supervised loss", (SupervisedLoss(),), fidelity=Fidelity.RO
 PADDED = Option("padded")
 
 PLAIN_KERNELS = Option("torch's own kernels")
+FUSED_LABEL = "fused kernels"
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def axes(config: PretrainedConfig, machine: Machine, base: Recipe, wishes: Wishe
     }
     fused = base.get(Fused)
     if fused is not None:
-        found["kernels"] = [Option("fused kernels", (fused,), fidelity=Fidelity.ROUNDING), PLAIN_KERNELS]
+        found["kernels"] = [Option(FUSED_LABEL, (fused,), fidelity=Fidelity.ROUNDING), PLAIN_KERNELS]
     known = {name for options in found.values() for option in options for name in option.names}
     for name in wishes.wanted:
         if name not in known:
@@ -300,7 +301,7 @@ def enumerate_space(
     refused: list[Refused] = []
     for choice in product(options):
         micro_batch_size = documents_per_step if choice.updates_in_backward else 1
-        reason = wishes.refuse(choice) or _pointless(choice, wishes.quality, options)
+        reason = wishes.refuse(choice) or _pointless(choice, wishes, options)
         if reason is None and rows_hold_one and "packing" in choice["rows"].names:
             reason = "no row has room for a second document, so there is nothing to pack"
         problems: Sequence[str] = () if reason else conflicts(choice.recipe(base, micro_batch_size))
@@ -311,11 +312,11 @@ def enumerate_space(
     return kept, refused
 
 
-def _pointless(choice: Choice, quality: Fidelity, options: dict[Axis, tuple[Option, ...]]) -> str | None:
+def _pointless(choice: Choice, wishes: Wishes, options: dict[Axis, tuple[Option, ...]]) -> str | None:
     """Combinations that nothing forbids and that never help."""
-    if choice["attention"] is not options["attention"][0] and quality != Fidelity.EXACT:
+    if choice["attention"] is not options["attention"][0] and wishes.quality != Fidelity.EXACT:
         return f"{options['attention'][0].label} runs the same kernels without a mask over the row"
-    if PLAIN_KERNELS in dict(choice.options).values() and quality != Fidelity.EXACT:
+    if PLAIN_KERNELS in dict(choice.options).values() and _can_be_fused(choice, wishes):
         return "fused kernels compute the same in fewer passes over memory"
     if choice["tuning"].names & {"lora", "peft"}:
         if choice.updates_in_backward:
@@ -325,3 +326,9 @@ def _pointless(choice: Choice, quality: Fidelity, options: dict[Axis, tuple[Opti
         if choice["precision"] is FP32 and options["precision"][0] is not FP32:
             return f"a frozen base gains nothing from fp32; {options['precision'][0].label} keeps the adapter in fp32"
     return None
+
+
+def _can_be_fused(choice: Choice, wishes: Wishes) -> bool:
+    """Say whether nothing speaks against the compiled kernels: no wish, and no method that shuns them."""
+    shuns_them = any(method.name == "stream" for method in choice.methods)
+    return wishes.quality != Fidelity.EXACT and "fused" not in wishes.unwanted and not shuns_them

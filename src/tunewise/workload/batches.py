@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import torch
@@ -153,6 +154,38 @@ def _best_fit(longest_first: Sequence[int], lengths: NDArray[np.int64], row_toke
     return [tuple(row) for row in rows]
 
 
+class Epoch(Sequence[list[int]]):
+    """The steps of one epoch, each a list of documents, made when they are asked for.
+
+    Attributes:
+        order: int64 (N,), the documents in the order of the epoch.
+        ends: int64 (steps + 1,), step i is `order[ends[i] : ends[i + 1]]`.
+    """
+
+    def __init__(self, order: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self.order, self.ends = order, ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Epoch: ...
+
+    def __getitem__(self, index: int | slice) -> list[int] | Epoch:
+        """Return a step, or neighbouring ones as an epoch of their own."""
+        if isinstance(index, slice):
+            first, last, _ = index.indices(len(self))
+            return Epoch(self.order, self.ends[first : max(first, last) + 1])
+        number = index + (len(self) if index < 0 else 0)
+        if not 0 <= number < len(self):
+            raise IndexError(index)
+        found: list[int] = self.order[self.ends[number] : self.ends[number + 1]].tolist()
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class GlobalBatches:
     """Which documents share an optimizer step, epoch after epoch, drawn from the seed.
@@ -166,30 +199,28 @@ class GlobalBatches:
     batch: BatchSpec
     seed: int
 
-    def epoch(self, number: int) -> list[list[int]]:
-        """Return the steps of one epoch, each a list of documents."""
+    def epoch(self, number: int) -> Epoch:
+        """Return the steps of one epoch."""
         order = np.random.default_rng([self.seed, number]).permutation(len(self.corpus))
         if self.batch.documents is not None:
             size = self.batch.documents
-            return [[int(document) for document in order[start : start + size]] for start in range(0, len(order), size)]
+            return Epoch(order, np.minimum(np.arange(0, len(order) + size, size), len(order)))
         if self.batch.supervised_tokens is None:
             raise InputError("batch: neither 'documents' nor 'supervised_tokens' is set")
-        steps: list[list[int]] = [[]]
-        held, counts = 0, self.corpus.num_supervised
-        for document in order:
+        ends, held = [0], 0
+        for place, count in enumerate(self.corpus.num_supervised[order].tolist()):
             if held >= self.batch.supervised_tokens:
-                steps.append([])
+                ends.append(place)
                 held = 0
-            steps[-1].append(int(document))
-            held += int(counts[document])
-        return steps
+            held += count
+        return Epoch(order, np.array([*ends, len(order)]))
 
     def from_step(self, step: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (epoch, documents) of step `step`, `step + 1`, ... without end; steps count from 0."""
         epoch, first = 0, 0
         while True:
             steps = self.epoch(epoch)
-            for documents in steps[max(0, step - first) :]:
-                yield epoch, documents
+            for place in range(max(0, step - first), len(steps)):
+                yield epoch, steps[place]
             first += len(steps)
             epoch += 1

@@ -6,7 +6,7 @@ the way (`tally`, `text_checks`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,11 +142,18 @@ def _end_findings(data: Tokenized, tokenizer: PreTrainedTokenizerBase) -> Iterat
     """Is there an end among what is learnt? EOS, or another special token that a chat template ends turns
     with."""
     corpus = data.corpus
-    learnt_ids = corpus.token_ids[corpus.is_supervised]
-    if len(learnt_ids) == 0 or (learnt_ids == tokenizer.eos_token_id).any():
-        return
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = sorted(special & set(np.unique(learnt_ids).tolist()))
+    found: set[int] = set()
+    anything = False
+    for _, ids, marks in corpus.pieces():
+        learnt_ids = ids[marks]
+        anything |= len(learnt_ids) > 0
+        if (learnt_ids == tokenizer.eos_token_id).any():
+            return
+        found |= special & set(np.unique(learnt_ids).tolist())
+    if not anything:
+        return
+    ends = sorted(found)
     if ends and tokenizer.chat_template:
         names = ", ".join(tokenizer.convert_ids_to_tokens(ends))
         what = f"answers end with {names}, not with the tokenizer's EOS {tokenizer.eos_token}"
@@ -184,7 +191,7 @@ def _vocabulary_findings(
     corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> Iterator[Finding]:
     for corpus in corpora:
-        outside = np.flatnonzero(corpus.token_ids >= vocab_size)
+        outside = _places(corpus, lambda ids: ids >= vocab_size)
         if len(outside):
             worst = int(corpus.token_ids[outside].max())
             what = f"tokens outside the model's vocabulary of {vocab_size} (the greatest id is {worst})"
@@ -193,13 +200,21 @@ def _vocabulary_findings(
         unknown = tokenizer.unk_token_id
         if unknown is None or unknown == tokenizer.eos_token_id:
             continue
-        places = np.flatnonzero(corpus.token_ids == unknown)
+        places = _places(corpus, lambda ids, unknown=unknown: ids == unknown)  # type: ignore[misc]
         share = len(places) / max(1, len(corpus.token_ids))
         if share > MANY_UNKNOWN_TOKENS:
             severity: Severity = "error" if share > MOST_UNKNOWN_TOKENS else "warning"
             what = f"unknown tokens ({tokenizer.unk_token}), {share:.1%} of all"
             advice = "This tokenizer cannot write these texts; their characters are lost."
             yield Finding(severity, what, len(places), _origins_at(corpus, places), advice)
+
+
+def _places(corpus: Corpus, holds: Callable[[NDArray[np.int32]], NDArray[np.bool_]]) -> NDArray[np.int64]:
+    """Return where in the flat array something holds, without a mask of its whole length."""
+    return np.concatenate(
+        [np.flatnonzero(holds(ids)) + corpus.offsets[part.start] for part, ids, _ in corpus.pieces()]
+        or [np.empty(0, dtype=np.int64)]
+    )
 
 
 def _origins_at(corpus: Corpus, places: NDArray[np.int64]) -> tuple[str, ...]:
@@ -224,8 +239,7 @@ def _duplicate_findings(data: Tokenized) -> Iterator[Finding]:
     is_first = np.zeros(len(firsts), dtype=np.bool_)
     is_first[first_of_kind] = True
     origins = tuple(data.corpus.origins[int(index)] for index in firsts[~is_first][:EXAMPLES])
-    hashes = {hash(data.corpus.document(int(index))[0].tobytes()) for index in firsts}
-    exact = len(firsts) - len(hashes)
+    exact = len(firsts) - len(np.unique(data.token_keys[firsts]))
     what = f"records that repeat another up to case and blanks ({exact} of them token for token)"
     severity: Severity = "warning" if repeated > len(firsts) / 100 else "info"
     yield Finding(severity, what, repeated, origins, "Remove them, unless the weight is meant.")

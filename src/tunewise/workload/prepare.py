@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tunewise.errors import InputError
 from tunewise.recipe import DataSpec, Recipe
+from tunewise.workload import kept
 from tunewise.workload.conversation import Conversation, Document
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.detection import find_mapping
 from tunewise.workload.diagnosis import Diagnosis, statistics_of
 from tunewise.workload.doctor import examine
 from tunewise.workload.formats import FieldMapping
+from tunewise.workload.gathering import tokenized
 from tunewise.workload.general_text import general_corpus
+from tunewise.workload.kept import Diagnosed
 from tunewise.workload.record import Record
 from tunewise.workload.records import STDLIB, read_records
 from tunewise.workload.replay import mix
@@ -79,23 +83,24 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: 
     Raises:
         InputError: the data cannot be read or converted, or the doctor finds an error; all errors are listed.
     """
-    diagnosis, train, validation, said = diagnose(recipe, tokenizer, context_length, vocab_size)
+    found = diagnose(recipe, tokenizer, context_length, vocab_size)
+    diagnosis, said = found.diagnosis, found.said
     if diagnosis.errors:
         listed = "\n".join(f"  {finding}" for finding in diagnosis.errors)
         others = [finding for finding in diagnosis.findings if finding.severity == "warning"]
-        more = "".join(f"\n  {finding}" for finding in others) if len(train.corpus) == 0 else ""
+        more = "".join(f"\n  {finding}" for finding in others) if len(found.train) == 0 else ""
         raise InputError(f"{recipe.data.source}: training on these data makes no sense:\n{listed}{more}")
     max_length = recipe.data.max_length or default_max_length(context_length)
-    learnt, replayed = train.corpus, ""
+    learnt, replayed = found.train, ""
     if recipe.data.replay is not None:
         mixed = mix(learnt, recipe.data.replay, tokenizer, max_length, recipe.seed)
         learnt, replayed = mixed.corpus, mixed.said
         said.append(replayed)
     general = _measured_text(recipe, tokenizer, max_length, said)
-    parts = [part.fingerprint for part in (learnt, validation.corpus, general) if part is not None]
+    parts = [part.fingerprint for part in (learnt, found.validation, general) if part is not None]
     return Prepared(
         train=learnt,
-        validation=validation.corpus,
+        validation=found.validation,
         said=said,
         diagnosis=diagnosis,
         data_fingerprint=hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16],
@@ -121,14 +126,8 @@ def _measured_text(
     return found
 
 
-def diagnose(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
-) -> tuple[Diagnosis, Tokenized, Tokenized, list[str]]:
-    """Do the work of `prepare`, without refusing what the doctor finds wrong.
-
-    Returns:
-        The diagnosis, the training part, the validation part and what must be said.
-    """
+def diagnose(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int) -> Diagnosed:
+    """Do the work of `prepare`, without refusing what the doctor finds wrong; or take up what was done before."""
     data = recipe.data
     if data.max_length is not None and data.max_length > context_length:
         raise InputError(
@@ -136,6 +135,22 @@ def diagnose(
             f"{context_length}. Choose at most {context_length}."
         )
     max_length = data.max_length or default_max_length(context_length)
+    more = {"max_length": max_length, "too_long": resolved_too_long(recipe), "vocab_size": vocab_size}
+    key = kept.key_of(recipe, tokenizer, more)
+    known = None if key is None else kept.read(key)
+    if known is not None:
+        return known
+    started = time.perf_counter()
+    made = _diagnosed(recipe, tokenizer, max_length, vocab_size)
+    if key is not None and time.perf_counter() - started > kept.WORTH_SECONDS:
+        kept.write(key, made)
+        return kept.read(key) or made  # from now on the arrays are the kept ones, and those in memory are freed
+    return made
+
+
+def _diagnosed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int) -> Diagnosed:
+    """Read, convert, tokenize, split and examine."""
+    data = recipe.data
     said: list[str] = []
     whole = _tokenized(recipe, _source(recipe, "train"), data.source, tokenizer, max_length, said)
     if data.source == STDLIB and data.validation is None and data.validation_fraction > 0:
@@ -156,7 +171,7 @@ def diagnose(
     said.append(f"longer than {max_length} tokens: {resolved_too_long(recipe)}")
     has_validation = len(validation.corpus) > 0
     diagnosis = examine(train, validation if has_validation else None, tokenizer, vocab_size)
-    return diagnosis, train, validation, said
+    return Diagnosed(diagnosis, train.corpus, validation.corpus, said)
 
 
 def _source(recipe: Recipe, part: Part) -> Iterator[Record]:
@@ -184,16 +199,20 @@ def _tokenized(
     layout = renderer_for(tokenizer).describe()
     if mapping.format != "text" and layout not in said:
         said.append(layout)
-    tally = Tally()
-    documents = checked(_documents(itertools.chain(sample, records), mapping, recipe.data), tokenizer, tally)
-    return tokenize(
-        documents,
-        tokenizer,
-        objective=recipe.objective,
-        max_length=max_length,
-        too_long=resolved_too_long(recipe),
-        tally=tally,
-    )
+
+    def work(chunk: Sequence[Record], first: int) -> Tokenized:
+        tally = Tally()
+        return tokenize(
+            checked(_documents(iter(chunk), mapping, recipe.data), tokenizer, tally),
+            tokenizer,
+            objective=recipe.objective,
+            max_length=max_length,
+            too_long=resolved_too_long(recipe),
+            tally=tally,
+            first_record=first,
+        )
+
+    return tokenized(itertools.chain(sample, records), work)
 
 
 def _documents(records: Iterator[Record], mapping: FieldMapping, data: DataSpec) -> Iterator[Document]:

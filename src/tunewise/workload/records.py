@@ -48,7 +48,26 @@ def _all_records(source: str) -> Iterator[Record]:
     raise _missing(path)
 
 
+def source_files(source: str) -> list[tuple[Path, str]] | None:
+    """Return the files of a source in the order of reading, each with the name that it has in origins.
+
+    None where records do not come from files: "stdlib", a hub's data set, or nothing at all.
+
+    Raises:
+        InputError: a folder cannot be read or is no folder of data.
+    """
+    path = user_path(source)
+    if source == STDLIB or not path.exists():
+        return None
+    return _files_of(path) if path.is_dir() else [(path, path.name)]
+
+
 def _folder(folder: Path) -> Iterator[Record]:
+    for path, name in _files_of(folder):
+        yield from read_file(path, name)
+
+
+def _files_of(folder: Path) -> list[tuple[Path, str]]:
     try:
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path) in KNOWN_SUFFIXES)
         next(folder.iterdir(), None)  # rglob passes over a folder that may not be read
@@ -59,8 +78,7 @@ def _folder(folder: Path) -> Iterator[Record]:
     kinds = {"text" if kind_of(path) in TEXT_SUFFIXES else kind_of(path) for path in paths}
     if len(kinds) > 1:
         raise InputError(f"{folder}: the folder mixes kinds of files ({', '.join(sorted(kinds))}). Name one file.")
-    for path in paths:
-        yield from read_file(path, path.relative_to(folder).as_posix())
+    return [(path, path.relative_to(folder).as_posix()) for path in paths]
 
 
 def _missing(path: Path) -> InputError:

@@ -45,6 +45,13 @@ class Tally:
         if len(origins) < EXAMPLES and origin not in origins:
             origins.append(origin)
 
+    def merge(self, later: Tally) -> None:
+        """Add what was counted in records that come behind all of these."""
+        self._counts.update(later._counts)
+        for event, origins in later._origins.items():
+            known = self._origins.setdefault(event, [])
+            known += [origin for origin in origins if origin not in known][: EXAMPLES - len(known)]
+
     def count(self, event: Event) -> int:
         """Return how often the event happened."""
         return self._counts[event]

@@ -47,6 +47,7 @@ class Tokenized:
         record_numbers: int64 (N,), the record that a document was made of; windows of one text share it.
         content_keys: uint64 (N,), hashes of the record's content up to case and blanks.
         prompt_keys: uint64 (N,), hashes of what stands before the last answer.
+        token_keys: uint64 (N,), hashes of the document's token ids.
         num_records: records read.
         num_tokens_read: tokens before anything was cut or dropped.
         num_tokens_cut: tokens that `too_long` took away, those of dropped records included.
@@ -57,6 +58,7 @@ class Tokenized:
     record_numbers: NDArray[np.int64]
     content_keys: NDArray[np.uint64]
     prompt_keys: NDArray[np.uint64]
+    token_keys: NDArray[np.uint64]
     num_records: int
     num_tokens_read: int
     num_tokens_cut: int
@@ -70,14 +72,12 @@ class Tokenized:
             record_numbers=self.record_numbers[indices],
             content_keys=self.content_keys[indices],
             prompt_keys=self.prompt_keys[indices],
+            token_keys=self.token_keys[indices],
         )
 
     def by_window(self) -> Tokenized:
         """Return the same documents, each with keys of its own tokens: windows of a text differ."""
-        documents = (self.corpus.document(index)[0] for index in range(len(self.corpus)))
-        hashes = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in documents]
-        keys = np.frombuffer(b"".join(hashes), dtype=np.uint64)
-        return replace(self, content_keys=keys, prompt_keys=keys)
+        return replace(self, content_keys=self.token_keys, prompt_keys=self.token_keys)
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def tokenize(
     max_length: int,
     too_long: TooLong = "cut",
     tally: Tally | None = None,
+    first_record: int = 0,
 ) -> Tokenized:
     """Turn documents into a corpus, reading them lazily.
 
@@ -127,6 +128,7 @@ def tokenize(
             token, so that every token is a target once. "split" needs texts, or an objective that learns
             every token.
         tally: where to count; a new one by default.
+        first_record: the number of the first document, where these are a part of many.
 
     Raises:
         InputError: the tokenizer is slow or has no EOS, a template refuses a conversation, or `too_long` says
@@ -136,7 +138,7 @@ def tokenize(
         raise InputError(f"the tokenizer {type(tokenizer).__name__} is a slow one; tunewise needs a tokenizer.json.")
     tally = Tally() if tally is None else tally
     builder = _Builder(max_length, too_long, tally)
-    drafts = _Drafting(tokenizer, objective, too_long, tally)
+    drafts = _Drafting(tokenizer, objective, too_long, tally, first_record)
     bos = bos_ids(tokenizer)
     for chunk in _chunks(drafts.drafts(documents)):
         for draft, ids, marks in _encoded(chunk, tokenizer, tally):
@@ -153,9 +155,15 @@ class _Drafting:
     """Lays documents out as text and counts them."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, objective: Objective, too_long: TooLong, tally: Tally
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: Objective,
+        too_long: TooLong,
+        tally: Tally,
+        first_record: int,
     ) -> None:
         self.num_records = 0
+        self._first_record = first_record
         self._renderer = renderer_for(tokenizer)
         self._eos = eos_text(tokenizer) if tokenizer.eos_token or not tokenizer.chat_template else ""
         self._learns_all = objective != "sft"
@@ -163,7 +171,7 @@ class _Drafting:
         self._tally = tally
 
     def drafts(self, documents: Iterable[Document]) -> Iterator[Draft]:
-        for number, document in enumerate(documents):
+        for number, document in enumerate(documents, start=self._first_record):
             self.num_records += 1
             if document.is_empty:
                 self._tally.add(Event.EMPTY, document.origin)
@@ -260,6 +268,7 @@ class _Builder:
         self._tally = tally
         self._ids, self._marks, self._offsets = array("i"), bytearray(), array("q", [0])
         self._records, self._content_keys, self._prompt_keys = array("q"), array("Q"), array("Q")
+        self._token_keys = bytearray()
         self._origins: list[str] = []
         self._num_read = self._num_cut = 0
 
@@ -297,7 +306,9 @@ class _Builder:
             self._tally.add(Event.ANSWER_CUT_AWAY, draft.origin)
 
     def _append(self, draft: Draft, ids: NDArray[np.int32], marks: NDArray[np.bool_]) -> None:
-        self._ids.frombytes(ids.astype(np.intc).tobytes())
+        plain = ids.astype(np.intc).tobytes()
+        self._ids.frombytes(plain)
+        self._token_keys += hashlib.blake2b(plain, digest_size=8).digest()
         self._marks += b"\x00" + marks[1:].astype(np.uint8).tobytes()
         self._offsets.append(len(self._ids))
         self._records.append(draft.record_number)
@@ -318,6 +329,7 @@ class _Builder:
             record_numbers=np.frombuffer(self._records, dtype=np.int64).copy(),
             content_keys=np.frombuffer(self._content_keys, dtype=np.uint64).copy(),
             prompt_keys=np.frombuffer(self._prompt_keys, dtype=np.uint64).copy(),
+            token_keys=np.frombuffer(bytes(self._token_keys), dtype=np.uint64),
             num_records=num_records,
             num_tokens_read=self._num_read,
             num_tokens_cut=self._num_cut,

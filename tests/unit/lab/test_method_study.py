@@ -16,8 +16,9 @@ from tunewise.lab.laboratory import Laboratory, Spent
 from tunewise.lab.method_study import MethodStudy
 from tunewise.lab.outcome import Failed, Gate, Interval, Measurement, OutOfMemory
 from tunewise.lab.trial import Trial
+from tunewise.layers import native
 from tunewise.machine.machine import Machine
-from tunewise.methods import complete
+from tunewise.methods import Fused, complete
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.planner.predict import Predictor
 from tunewise.recipe import BatchSpec, Recipe
@@ -37,6 +38,12 @@ MACHINE = Machine(
     name="here", kind="cpu", memory_bytes=2**33, usable_memory_bytes=2**33, usable_memory_rule="all",
     bandwidth_bytes_per_second=1e10, flops_per_second={"fp32": 1e11, "bf16": 3e11}, source="made up",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factors are those of a machine without a compiler, whatever machine this is."""
+    monkeypatch.setattr(native, "why_not", lambda: "there is none")
 
 
 def base_recipe(**methods: Any) -> Recipe:
@@ -116,6 +123,28 @@ def test_the_factors_of_a_recipe() -> None:
     assert space.of_base() == {"bf16", "packing", "supervised loss", "attention", "accumulation", "lora"}
     assert space.refusal(frozenset({"nf4"})) is not None
     assert space.refusal(frozenset({"nf4", "lora"})) is None
+
+
+def test_compiled_kernels_are_a_factor_where_they_are_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = base_recipe()
+    assert plain.get(Fused) is None
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    offered, own = space_of(plain), space_of(base_recipe())
+    assert (offered.names, own.names) == (own.names, (*tuple(EFFECT)[:4], "fused", *tuple(EFFECT)[4:]))
+    assert "fused" not in offered.of_base()
+    assert "fused" in own.of_base()
+    for space in (offered, own):
+        assert space.recipe(frozenset({"fused"})).get(Fused) == Fused()
+        assert space.recipe(frozenset()).get(Fused) is None
+    elsewhere = MACHINE.replace(kind="cuda")
+    assert "fused" not in factor_space(plain, CONFIG, elsewhere, offered.predictor).names
+
+
+def test_compiled_kernels_are_chosen_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    for factor, is_chosen in ((0.7, True), (1.4, False)):
+        done = run(effects={**EFFECT, "fused": (factor, 1.0)})
+        assert ("fused" in done.winner) is is_chosen
 
 
 def test_on_means_what_the_users_recipe_says() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +102,16 @@ def test_cross_entropy(dtype: torch.dtype, scale: float, vocab: int) -> None:
     assert_close(logits, plain.grad, dtype)
 
 
+def test_what_padding_adds_has_no_gradient_at_all() -> None:
+    """Not even a tiny one: Adam divides by its size."""
+    logits = made(3, 40)
+    logits[:, 33:] = float("-inf")
+    logits[:, 32] = -1e4
+    cross_entropy_(logits, torch.tensor([1, 2, 3]), 1.0)
+    assert not logits[:, 32:].any()
+    assert logits[:, :32].all()
+
+
 def test_what_is_not_a_number_stays_visible() -> None:
     logits = made(2, 40)
     logits[0, 3] = math.nan
@@ -125,3 +140,56 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
     with pytest.raises(Conflict, match="cannot compile"):
         native.library.__wrapped__()
+
+
+def test_a_damaged_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded, compiled = [], []
+
+    def compile_(compiler: str, place: Path) -> None:
+        compiled.append(compiler)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"library {len(compiled)}")
+
+    def load(path: str) -> str:
+        loaded.append(Path(path).read_text())
+        if loaded[-1] == "damaged":
+            raise OSError("file too short")
+        return loaded[-1]
+
+    monkeypatch.setattr(native, "_compile", compile_)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    native.library.__wrapped__()
+    native.library.__wrapped__()
+    (made,) = (tmp_path / "tunewise" / "kernels").iterdir()
+    made.write_text("damaged")
+    native.library.__wrapped__()
+    assert loaded == ["library 1", "library 1", "damaged", "library 2"]
+
+
+def test_without_a_place_for_the_library_the_error_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tunewise").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(Conflict, match=r"cannot be kept in .*XDG_CACHE_HOME"):
+        native.library.__wrapped__()
+
+
+def test_a_machine_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.why_not() is None
+
+    def refuse() -> None:
+        raise Conflict("fused: no compiler")
+
+    monkeypatch.setattr(native, "library", refuse)
+    assert native.why_not.__wrapped__() == "fused: no compiler"
+
+
+def test_processes_that_compile_at_once_all_get_a_library(tmp_path: Path) -> None:
+    code = "from tunewise.layers import native; native.library(); print(native.why_not())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0].strip() for process in running] == ["None", "None"]
+    assert [file.suffix for file in (tmp_path / "tunewise" / "kernels").iterdir()] == [".so"]

@@ -11,13 +11,19 @@ from transformers import FalconConfig, GPT2Config, LlamaConfig
 
 from tests.unit.random_recipes import recipes
 from tunewise.errors import InputError
-from tunewise.methods import Packing, Precision, complete
-from tunewise.methods.defaults import choose_device, complete_intervals
+from tunewise.layers import native
+from tunewise.methods import Fused, Packing, Precision, complete
+from tunewise.methods.defaults import choose_device, complete_intervals, kernels_suit
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.recipe import Recipe, Slot
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LLAMA = LlamaConfig(hidden_size=2048, max_position_embeddings=4096)
+
+
+@pytest.fixture
+def _compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: None)
 
 
 def completed(**changes: Any) -> Recipe:
@@ -45,29 +51,68 @@ def test_completing_twice_changes_nothing(recipe: Recipe) -> None:
     assert recipe.training.learning_rate in (None, once.training.learning_rate)
 
 
-def test_fine_tuning_gets_lora_and_packing() -> None:
+@pytest.mark.usefixtures("_compiler")
+def test_fine_tuning_gets_lora_packing_and_the_compiled_kernels() -> None:
     recipe = completed()
-    assert names(recipe) == ["packing", "lora", "precision", "attention", "supervised_loss", "adamw"]
+    assert names(recipe) == ["packing", "lora", "precision", "attention", "supervised_loss", "adamw", "fused"]
     assert recipe.get(Packing) == Packing(row_tokens=2048)
     assert (recipe.data.max_length, recipe.data.too_long, recipe.device) == (2048, "cut", "cpu")
     assert (recipe.batch.documents, recipe.batch.micro_batch_size) == (16, 1)
     assert recipe.training.epochs == 3.0
 
 
+@pytest.mark.usefixtures("_compiler")
 def test_training_from_scratch_gets_no_adapter() -> None:
     recipe = completed(objective="pretrain")
-    assert names(recipe) == ["packing", "precision", "attention", "supervised_loss", "adamw"]
+    assert names(recipe) == ["packing", "precision", "attention", "supervised_loss", "adamw", "fused"]
     assert (recipe.data.too_long, recipe.training.epochs) == ("split", 1.0)
 
 
+@pytest.mark.usefixtures("_compiler")
 def test_who_lists_methods_gets_exactly_these() -> None:
-    assert names(completed(methods={})) == ["precision", "attention", "supervised_loss", "adamw"]
-    assert names(completed(methods={"lion": None, "whole_loss": None})) == [
+    """And the kernels, unless it is said how attention is computed."""
+    assert names(completed(methods={})) == ["precision", "attention", "supervised_loss", "adamw", "fused"]
+    assert names(completed(methods={"lion": None, "whole_loss": None, "attention": None})) == [
         "precision",
         "attention",
         "whole_loss",
         "lion",
     ]
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {"attention": {"kind": "per_document"}},
+        {"attention": {"kind": "sdpa"}},
+        {"peft": {"kind": "IA3"}},
+        {"lora": None, "checkpointing": None, "stream": {"source": "host"}},
+        {"precision": {"compute": "fp16"}},
+    ],
+    ids=str,
+)
+def test_who_gets_no_compiled_kernels(methods: dict[str, Any]) -> None:
+    assert "fused" not in names(completed(methods=methods))
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_compiled_kernels_are_for_known_models_on_a_cpu() -> None:
+    recipe = recipe_from_mapping({"model": "m", "data": "d"})
+    assert "fused" not in names(complete(recipe, GPT2Config(), CPU))
+    assert "fused" not in names(complete(recipe, LLAMA, CUDA))
+
+    class OfAModelsOwnCode(LlamaConfig):
+        pass
+
+    assert kernels_suit([], LlamaConfig(), CPU)
+    assert not kernels_suit([], OfAModelsOwnCode(), CPU)
+
+
+def test_without_a_compiler_the_default_is_not_taken_and_a_wish_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "no compiler")
+    assert "fused" not in names(completed())
+    assert completed(methods={"fused": {"loss": False}}).get(Fused) == Fused(loss=False)
 
 
 def test_the_learning_rate_depends_on_size_and_on_what_is_trained() -> None:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Qwen2Config
+from transformers import LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.laws.test_same_gradients import CONFIG, CPU, PROBLEMS, assert_same, corpus, loss_and_gradients, make_run
 from tests.laws.test_same_gradients import reference as plain_reference
+from tests.unit.tiny_runs import recipe_over, save_model, write_records
+from tunewise.engine.assemble import assemble, settle
 from tunewise.engine.build import build
 from tunewise.engine.device_profile import CPU as CPU_PROFILE
 from tunewise.engine.dry_run import BatchShape, dry_run
 from tunewise.errors import Conflict
+from tunewise.export.finish import save_merged, save_result
 from tunewise.layers import native
 from tunewise.layers.blocks import FusedAttention, FusedMLP
 from tunewise.layers.fused import FusedRMSNorm
 from tunewise.layers.head import base_model_of
-from tunewise.methods import Attention, Checkpointing, Fused, LoRA, Packing, Precision, SupervisedLoss, complete
+from tunewise.layers.twins import own_modules
+from tunewise.methods import (
+    Attention,
+    Checkpointing,
+    Freeze,
+    Fused,
+    LoRA,
+    Packing,
+    Precision,
+    Quantize,
+    SupervisedLoss,
+    complete,
+)
+from tunewise.methods import fused as fused_module
+from tunewise.methods.reading import recipe_from_mapping
 from tunewise.recipe import BatchSpec, DataSpec, Method, ModelSpec, Recipe
-from tunewise.workload.model import random_model
+from tunewise.workload.model import load_tokenizer, random_model
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 
@@ -86,12 +106,53 @@ def test_a_model_can_still_generate() -> None:
     assert torch.equal(run.model.generate(prompt, **options), plain.model.generate(prompt, **options))
 
 
-def test_biases_and_windows_of_other_families() -> None:
-    config = Qwen2Config(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, use_sliding_window=True, sliding_window=6,
-        max_window_layers=0,
-    )  # fmt: skip
+def test_a_models_own_modules_come_back_for_a_while() -> None:
+    run, plain = (make_run((LoRA(rank=4), *methods), micro_batch_size=2) for methods in (FAST, ()))
+    run.model.eval()
+    before = {name: id(module) for name, module in run.model.named_modules()}
+    ids = torch.arange(5, 11)[None]
+    for each in (run, plain):
+        base_model_of(each.model).set_attn_implementation("eager")
+    with own_modules(run.model), torch.no_grad():
+        kinds = [type(module).__name__ for _, module in run.model.named_modules()]
+        assert torch.equal(run.model(ids).logits, plain.model.eval()(ids).logits)
+    assert [kinds.count(name) for name in ("LlamaRMSNorm", "LlamaMLP", "LlamaAttention")] == [7, 3, 3]
+    assert {name: id(module) for name, module in run.model.named_modules()} == before
+
+
+@pytest.mark.parametrize("methods", [{}, {"lora": {"rank": 4}}], ids=["full", "merged"])
+def test_a_whole_model_is_saved_as_what_it_will_compute(methods: dict[str, Any], tmp_path: Path) -> None:
+    records = write_records(tmp_path / "records.jsonl")
+    methods = {"fused": {}, "precision": {"compute": "fp32"}, **methods}
+    recipe = recipe_over(save_model(tmp_path / "model"), records, methods=methods)
+    run = assemble(settle(recipe_from_mapping(recipe)))
+    with torch.no_grad():
+        for _, parameter in run.trainable():
+            parameter.add_(0.01)
+    tokenizer = load_tokenizer(run.recipe.model)
+    saved = (
+        save_merged(run, tokenizer, tmp_path / "out")
+        if "lora" in methods
+        else save_result(run, tokenizer, tmp_path / "out")
+    )
+    assert saved.kind == "model"
+    assert saved.max_difference < 1e-5
+
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": 6,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2, biases": Qwen2Config(use_sliding_window=True, max_window_layers=0, **SMALL),
+    "mistral": MistralConfig(head_dim=16, **SMALL),
+    "qwen3, norms of heads": Qwen3Config(head_dim=16, use_sliding_window=True, max_window_layers=0, **SMALL),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_and_windows_of_other_families(family: str) -> None:
+    config = FAMILIES[family]
     results = []
     for methods in ((Attention(kind="eager"),), FAST):
         recipe = Recipe(
@@ -109,6 +170,14 @@ def test_biases_and_windows_of_other_families() -> None:
     assert_same(results[1], results[0], 1e-5)
 
 
+def test_packed_layers_without_parameters() -> None:
+    """An MLP whose weights are all packed has no parameter to ask for a dtype."""
+    methods = (Freeze(train=("*norm*",)), Quantize(kind="int8"))
+    runs = [make_run((*methods, *more), micro_batch_size=2) for more in (FAST, ())]
+    assert any(isinstance(module, FusedMLP) for module in runs[0].model.modules())
+    assert_same(loss_and_gradients(runs[0]), loss_and_gradients(runs[1]), 1e-5)
+
+
 def test_a_norm_that_is_another_one_is_refused() -> None:
     model = random_model(CONFIG, torch.float32, seed=0)
     norm = model.model.norm
@@ -121,6 +190,26 @@ def test_a_norm_that_is_another_one_is_refused() -> None:
     )
     with pytest.raises(Conflict, match="something else than its kernel"):
         build(complete(recipe, CONFIG, CPU), model, CPU)
+
+
+def test_without_a_compiler_a_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise Conflict("fused: there is no C++ compiler")
+
+    monkeypatch.setattr(fused_module, "library", refuse)
+    with pytest.raises(Conflict, match="no C\\+\\+ compiler"):
+        make_run((LoRA(rank=4), Fused()), micro_batch_size=2)
+
+
+def test_a_training_without_the_default_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = recipe_over(save_model(tmp_path / "model"), write_records(tmp_path / "records.jsonl"))
+    fast = settle(recipe_from_mapping(recipe))
+    assert fast.recipe.get(Fused) == Fused()
+    assert not any("without the compiled kernels" in note for note in assemble(fast).notes)
+    monkeypatch.setattr(native, "why_not", lambda: "there is no compiler")
+    slow = settle(recipe_from_mapping(recipe))
+    assert slow.recipe.get(Fused) is None
+    assert any("without the compiled kernels" in n and "no compiler" in n for n in assemble(slow).notes)
 
 
 def test_not_on_a_gpu() -> None:

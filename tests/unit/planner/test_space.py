@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from tunewise.errors import InputError
+from tunewise.layers import native
 from tunewise.machine.catalogue import find
 from tunewise.methods.compatibility import conflicts
 from tunewise.planner.case import Case, Question, settle
@@ -88,3 +90,35 @@ def test_impossible_wishes_are_errors(wanted: tuple[str, ...], unwanted: tuple[s
 def test_pre_training_has_no_adapters(tiny: str) -> None:
     case = settle(Question(tiny, length=64, machine="H100", settings=("objective=pretrain",)))
     assert [option.label for option in axes(case.config, case.machine, case.base, case.wishes)["tuning"]] == ["full"]
+
+
+@pytest.fixture
+def _compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: None)
+
+
+def kernels(tiny: str, **wishes: Any) -> tuple[set[bool], list[Refused]]:
+    """Return whether the kept combinations for a CPU are fused, and what was refused."""
+    cpu = find("T4").replace(kind="cpu", name="a CPU")
+    kept, refused = space(settle(Question(tiny, length=64, machine=cpu, **wishes)))
+    return {any(method.name == "fused" for method in choice.methods) for choice in kept}, refused
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_a_cpu_gets_the_compiled_kernels(tiny: str) -> None:
+    is_fused, refused = kernels(tiny)
+    assert is_fused == {True}
+    assert any(each.reason.startswith("fused kernels compute the same") for each in refused)
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("wishes", [{"unwanted": ("fused",)}, {"quality": "exact"}], ids=str)
+def test_who_does_not_want_the_compiled_kernels_gets_torchs(tiny: str, wishes: dict[str, Any]) -> None:
+    assert kernels(tiny, **wishes)[0] == {False}
+
+
+def test_without_a_compiler_there_is_no_axis_of_kernels(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "there is none")
+    is_fused, refused = kernels(tiny)
+    assert is_fused == {False}
+    assert not any("fused" in each.reason for each in refused)

@@ -100,8 +100,28 @@ def test_steps_depend_on_the_seed_and_continue_where_asked() -> None:
     resumed = batches.from_step(5)
     assert [next(resumed) for _ in range(4)] == first[5:]
     other = GlobalBatches(corpus, BatchSpec(documents=4), seed=8)
-    assert other.epoch(0) != batches.epoch(0)
-    assert batches.epoch(0) != batches.epoch(1)
+    assert list(other.epoch(0)) != list(batches.epoch(0))
+    assert list(batches.epoch(0)) != list(batches.epoch(1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths, st.integers(1, 40), st.booleans())
+def test_steps_of_an_epoch_are_its_permutation_cut(sizes: list[int], size: int, counts_tokens: bool) -> None:
+    corpus = corpus_of(sizes)
+    batch = BatchSpec(supervised_tokens=size) if counts_tokens else BatchSpec(documents=size)
+    steps = GlobalBatches(corpus, batch, seed=3).epoch(2)
+    order = np.random.default_rng([3, 2]).permutation(len(corpus)).tolist()
+    plain: list[list[int]] = [[]]
+    for document in order:
+        held = sum(int(corpus.num_supervised[each]) for each in plain[-1]) if counts_tokens else len(plain[-1])
+        if held >= size:
+            plain.append([])
+        plain[-1].append(document)
+    assert list(steps) == plain
+    assert [*steps[:-1], steps[-1]] == plain
+    assert list(steps[1:3]) == plain[1:3]
+    with pytest.raises(IndexError):
+        steps[len(plain)]
 
 
 def test_a_batch_without_size_is_refused() -> None:
