@@ -92,13 +92,13 @@ class Fused(Method):
 
 @torch.no_grad()
 def _verify(name: str, module: nn.Module, twin: Any, run: Run) -> None:
-    """Compare a replacement with its original on random numbers.
+    """Compare a replacement with its original on random numbers, in the run's own precision.
 
     Raises:
         Conflict: they differ: this architecture computes something that we do not know.
     """
-    stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), run.storage_dtype)  # all is packed
-    dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
+    dtype = torch.float32 if run.storage_dtype == torch.float32 else torch.bfloat16
+    autocast = torch.autocast(run.device.type, run.autocast_dtype, enabled=run.autocast_dtype is not None)
     size = _input_size(module)
     generator = torch.Generator().manual_seed(0)
     hidden_RLD = torch.randn(2, _LENGTH, size, generator=generator).to(dtype)
@@ -110,7 +110,8 @@ def _verify(name: str, module: nn.Module, twin: Any, run: Run) -> None:
         angle_1LD = torch.cat([angles, angles], dim=-1)[None]
         arguments = ((angle_1LD.cos().to(dtype), angle_1LD.sin().to(dtype)), None)
     try:
-        ours, theirs = (each.eval()(hidden_RLD, *arguments) for each in (twin, module))
+        with autocast:
+            ours, theirs = (each.eval()(hidden_RLD, *arguments) for each in (twin, module))
     finally:
         module.train(was_training)
         twin.train(was_training)

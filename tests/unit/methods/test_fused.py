@@ -26,6 +26,7 @@ from tunewise.layers.twins import own_modules
 from tunewise.methods import (
     Attention,
     Checkpointing,
+    DoRA,
     Freeze,
     Fused,
     LoRA,
@@ -67,6 +68,15 @@ def kinds(fused: Fused) -> dict[str, int]:
 def test_what_is_replaced() -> None:
     assert kinds(Fused()) == {"FusedRMSNorm": 7, "FusedMLP": 3, "FusedAttention": 3}
     assert kinds(Fused(norms=False, mlp=False, attention=False)) == dict.fromkeys(kinds(Fused()), 0)
+
+
+def test_16_bit_weights_beside_trained_fp32_ones_are_compared_as_they_compute() -> None:
+    methods = (DoRA(rank=4), Freeze(train=("*norm*",)), Precision(compute="bf16", trainable="fp32"), *FAST)
+    run = make_run(methods, micro_batch_size=2)
+    assert any(isinstance(module, FusedMLP) for module in run.model.modules())
+    loss, found = loss_and_gradients(run)
+    assert loss == pytest.approx(loss_and_gradients(make_run(methods[:2], 2))[0], rel=2e-2)
+    assert all(bool(gradient.any()) for gradient in found.values())
 
 
 def test_names_of_what_is_learnt_stay() -> None:
