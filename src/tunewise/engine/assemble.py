@@ -15,7 +15,7 @@ from tunewise.engine.schedule import total_steps
 from tunewise.errors import Conflict
 from tunewise.layers import native
 from tunewise.methods.compatibility import refuse_conflicts
-from tunewise.methods.defaults import choose_device, complete, complete_intervals, kernels_suit
+from tunewise.methods.defaults import choose_device, complete, complete_intervals, default_kernels
 from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
 from tunewise.methods.precision import Precision
@@ -83,7 +83,8 @@ def assemble(plan: Plan) -> Run:
         resize_vocabulary(model, len(plan.tokenizer))
     torch.manual_seed(recipe.seed)
     run = build(recipe, model, plan.device)
-    if kernels_suit(recipe.methods or (), plan.config, plan.device) and (reason := native.why_not()) is not None:
+    kernels = default_kernels(recipe.methods or (), plan.config, plan.device)
+    if kernels is not None and (reason := native.why_not()) is not None:
         run.say(f"without the compiled kernels, which are the default on a CPU: {reason}")
     if why_whole is not None:
         run.say(f"stream: all weights were in memory once while loading, because {why_whole}")

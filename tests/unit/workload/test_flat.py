@@ -14,7 +14,7 @@ from tunewise.workload import flat
 from tunewise.workload.corpus import Corpus, Origins
 
 
-@pytest.fixture(params=[1 << 24, 0], ids=["memory", "file"])
+@pytest.fixture(params=[flat.LARGE_BYTES, 0], ids=["memory", "file"])
 def _where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("TUNEWISE_CACHE", str(tmp_path))
     monkeypatch.setattr(flat, "LARGE_BYTES", request.param)
