@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from tunewise.lab.cure_findings import CureFindings
 from tunewise.lab.outcome import Interval, Point
 from tunewise.quality.verdict import QualityReport
 from tunewise.recipe import Value
@@ -301,7 +302,8 @@ class Findings(Value):
         headline: what was chosen and why, in three sentences.
         recipe: the final recipe as plain data; `recipe_yaml` is its text.
         command: repeats the training.
-        quality: what the gate says of the final training; None without one, or with `quality: off`.
+        quality: what the gate says of the result; None without a training, or with `quality: off`.
+        cures: what was tried on a model that the gate refused; None where it refused none.
         budget_seconds: what was allowed; None without a limit.
         outcome: "complete", or what is missing and why ("stopped by the user after 12 trials").
     """
@@ -324,6 +326,7 @@ class Findings(Value):
     confirmation: Confirmation | None
     training: TrainingResult | None
     quality: QualityReport | None = None
+    cures: CureFindings | None = None
     costs: tuple[Cost, ...]
     budget_seconds: float | None
     search_seconds: float

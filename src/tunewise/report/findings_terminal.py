@@ -10,9 +10,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tunewise.lab.cure_findings import CureFindings
 from tunewise.lab.findings import BatchFindings, Findings, MethodFindings
 from tunewise.report import numbers
+from tunewise.report.charts.cures import front
 from tunewise.report.sections.batch import verdict
+from tunewise.report.sections.cures import change_cell
 from tunewise.report.sections.ladder import added, loss_cell, noise_of, rungs, times_as_fast
 from tunewise.report.sections.missing import COMPLETE, no_batch, no_methods
 from tunewise.report.sections.quality import quality_words
@@ -48,6 +51,8 @@ def show_findings(findings: Findings, report: Path | None = None, console: Conso
         said += quality_words(findings.quality)
     for sentence in said:
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+    if findings.cures is not None:
+        _show_cures(findings.cures, console)
     console.print()
     console.print("  [bold]again[/]   ", Text(findings.command), soft_wrap=True, sep="")
     if report is not None:
@@ -72,6 +77,31 @@ def _batch_table(batch: BatchFindings) -> Table:
             style="bold green" if point.batch_tokens == batch.chosen_tokens else None,
         )
     return table
+
+
+def _show_cures(cures: CureFindings, console: Console) -> None:
+    """Print what was tried on a refused model, with the front of gain against forgetting marked."""
+    for sentence in cures.sentences:
+        console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+    if not cures.points:
+        return
+    points = (cures.uncured, *cures.points)
+    on_front = {point.name for point in front(points)}
+    table = Table(title="\nCures", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("* on the front", ratio=1)
+    for name in ("gain, nats", "forgetting, nats"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", ratio=1)
+    for point in points:
+        gain, lost = change_cell(point.gain), change_cell(point.forgetting)
+        table.add_row(
+            escape(f"{'*' if point.name in on_front else ' '} {point.label}"),
+            f"{gain.text}\n{gain.under}".rstrip(),
+            f"{lost.text}\n{lost.under}".rstrip(),
+            escape(point.verdict),
+            style="bold green" if point.name == cures.chosen else None,
+        )
+    console.print(table)
 
 
 def _ladder_table(methods: MethodFindings, noise: float | None) -> Table:
