@@ -73,7 +73,6 @@ def mend(
 
     question = Question(
         uncured=_uncured(result, report),
-        reasons=report.reasons,
         unmendable=unmendable(report),
         cures=cures,
         training_seconds=result.outcome.seconds,

@@ -37,7 +37,6 @@ class Question:
 
     Attributes:
         uncured: the model that the gate refused.
-        reasons: why.
         unmendable: failed checks that no cure mends; with any of these nothing is tried.
         cures: what can be tried, cheapest first.
         training_seconds: of the uncured model.
@@ -47,7 +46,6 @@ class Question:
     """
 
     uncured: CurePoint
-    reasons: tuple[str, ...]
     unmendable: tuple[str, ...]
     cures: tuple[Cure, ...]
     training_seconds: float
@@ -76,7 +74,7 @@ def search(question: Question, attempt: Attempt, left: Callable[[], float]) -> C
         seconds = question.expected_seconds(cure)
         best = best_of(points)
         if best is not None and (best.kept is None or best.kept >= ENOUGH):
-            untried.append(_untried(question, cure, "not needed: a cheaper one passes and keeps the gain"))
+            untried.append(_untried(question, cure, "a cheaper one passes and keeps the gain", is_needless=True))
         elif cure.recipe is not None and seconds > left():
             reason = f"needs about {format_seconds(seconds)}, and {format_seconds(max(0.0, left()))} are left"
             untried.append(_untried(question, cure, reason))
@@ -155,10 +153,14 @@ def _option(name: str) -> str:
     return f"--scale {number}" if what == "scale" else f"--average-last {number}"
 
 
-def _untried(question: Question, cure: Cure, reason: str) -> UntriedCure:
-    seconds = question.expected_seconds(cure)
+def _untried(question: Question, cure: Cure, reason: str, *, is_needless: bool = False) -> UntriedCure:
     return UntriedCure(
-        name=cure.name, label=cure.label, reason=reason, expected_seconds=seconds, command=question.command(cure)
+        name=cure.name,
+        label=cure.label,
+        reason=reason,
+        is_needless=is_needless,
+        expected_seconds=question.expected_seconds(cure),
+        command=question.command(cure),
     )
 
 
@@ -177,7 +179,7 @@ def _findings(question: Question, points: list[CurePoint], untried: list[Untried
 def _sentences(
     question: Question, points: list[CurePoint], untried: list[UntriedCure], best: CurePoint | None
 ) -> list[str]:
-    said = [f"The gate refused what was trained: {'; '.join(question.reasons)}."]
+    said = [f"The gate refused what was trained ({question.uncured.verdict.removeprefix('refused: ')})."]
     if question.unmendable:
         faults = " and ".join(question.unmendable)
         return [*said, f"No cure was tried: {faults} is a fault of the data or of the set-up, which no cure mends."]
@@ -185,11 +187,8 @@ def _sentences(
         said.append(f"None of the {len(points)} states that were tried is a cure, so the refused model is the result.")
     else:
         said.append(f"Cured by {best.label}: {_trade(best)}. The uncured model is kept, and marked.")
-    wanting = [cure for cure in untried if not cure.reason.startswith("not needed")]
-    if wanting:
-        names = ", ".join(cure.label for cure in wanting)
-        said.append(f"Not tried, because the budget does not pay for them: {names}.")
-        said += [f"{cure.label}: {cure.command}" for cure in wanting]
+    if wanting := [cure.label for cure in untried if not cure.is_needless]:
+        said.append(f"Not tried, because the budget does not pay for them: {'; '.join(wanting)}.")
     return said
 
 

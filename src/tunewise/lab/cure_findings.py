@@ -43,11 +43,12 @@ class CurePoint(Value):
 
 
 class UntriedCure(Value):
-    """A cure that was not tried: why, and how it would be."""
+    """A cure that was not tried: why, and how it would be; `is_needless` when a cheaper one was good enough."""
 
     name: str
     label: str
     reason: str
+    is_needless: bool = False
     expected_seconds: float
     command: str
 

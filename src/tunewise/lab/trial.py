@@ -25,6 +25,7 @@ class Trial(Value):
         noise_examples: global batches whose documents give their gradients one by one, at the end.
         warm_up, steps: of a "measure" trial.
         largest: of a "throughput" trial: rows of the largest micro-batch.
+        measures_forgetting: whether the loss on general text is taken before the first step and after the last.
         repeat: which repetition of the same question this is, from 0.
         cure: of a "cure" trial: its name.
     """
@@ -37,6 +38,7 @@ class Trial(Value):
     warm_up: int = 1
     steps: int = 3
     largest: int = 1
+    measures_forgetting: bool = False
     repeat: int = 0
     cure: str = ""
 

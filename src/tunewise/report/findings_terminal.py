@@ -16,7 +16,7 @@ from tunewise.report import numbers
 from tunewise.report.charts.cures import front
 from tunewise.report.sections.batch import verdict
 from tunewise.report.sections.cures import change_cell
-from tunewise.report.sections.ladder import added, loss_cell, noise_of, rungs, times_as_fast
+from tunewise.report.sections.ladder import added, loss_cell, noise_of, rungs, shows_forgetting, times_as_fast
 from tunewise.report.sections.missing import COMPLETE, no_batch, no_methods
 from tunewise.report.sections.quality import quality_words
 from tunewise.report.sections.search import cost_words
@@ -83,6 +83,11 @@ def _show_cures(cures: CureFindings, console: Console) -> None:
     """Print what was tried on a refused model, with the front of gain against forgetting marked."""
     for sentence in cures.sentences:
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+    wanting = [cure for cure in cures.untried if not cure.is_needless]
+    if wanting:
+        console.print("  To try them:")
+    for cure in wanting:  # whole lines, to be copied
+        console.print(Text(f"    {cure.command}"), soft_wrap=True)
     if not cures.points:
         return
     points = (cures.uncured, *cures.points)
@@ -107,18 +112,22 @@ def _show_cures(cures: CureFindings, console: Console) -> None:
 def _ladder_table(methods: MethodFindings, noise: float | None) -> Table:
     table = Table(title="\nMethods", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
     table.add_column("rung", ratio=1)
-    for name in ("step", "× baseline", "memory", "loss, nats"):
+    shows = shows_forgetting(methods)
+    for name in ("step", "× baseline", "memory", "loss, nats", *(["forgetting"] if shows else [])):
         table.add_column(name, justify="right", no_wrap=True)
     trials = rungs(methods)
     for before, trial in zip([None, *trials[:-1]], trials, strict=True):
         loss = loss_cell(trial.loss, noise)
-        spread = f" {loss.under}" if noise is not None else ""
+        spread, step = loss.under if noise is not None else "", numbers.seconds(trial.step_seconds)
+        forgotten = change_cell(trial.forgetting)
+        # With a column more, what qualifies a number goes under it.
         table.add_row(
             escape(added(trial, before)),
-            str(numbers.seconds(trial.step_seconds)),
+            f"{step.text}\n{step.interval}".rstrip() if shows else str(step),
             times_as_fast(trials[0].step_seconds, trial.step_seconds),
             numbers.num_bytes(trial.peak_tensor_bytes).text,
-            loss.text + spread,
+            (f"{loss.text}\n{spread}" if shows else f"{loss.text} {spread}").rstrip(),
+            *([f"{forgotten.text}\n{forgotten.under}".rstrip()] if shows else []),
             style="bold green" if trial.label == methods.chosen else None,
         )
     return table

@@ -58,9 +58,7 @@ class Budget:
 
 
 def find(budget: float, table: dict[str, Any] | None = None, **changes: Any) -> tuple[CureFindings, list[str]]:
-    question = Question(
-        uncured(), ("forgetting: too much",), (), CURES, SECONDS, 0.05, Path("runs/t/cures"), lambda cure: cure.name
-    )
+    question = Question(uncured(), (), CURES, SECONDS, 0.05, Path("runs/t/cures"), lambda cure: cure.name)
     spent = Budget(budget, TABLE | (table or {}))
     return search(replace(question, **changes), spent.attempt, lambda: spent.seconds), spent.asked
 
@@ -69,7 +67,7 @@ def test_it_goes_on_until_nearly_all_of_the_gain_is_kept() -> None:
     found, asked = find(1e9)
     assert asked == [AFTERWARDS, "early-stop", "replay-1"]
     assert found.chosen == "replay-1", "early stopping passes, but keeps 60 % of the gain"
-    assert [cure.reason.split(":")[0] for cure in found.untried] == ["not needed"]
+    assert [(cure.name, cure.is_needless) for cure in found.untried] == [("kl", True)]
     assert found.points[-1].kept == pytest.approx(0.95)
     assert "95% of the gain kept" in found.sentences[1]
 
@@ -92,7 +90,8 @@ def test_without_budget_only_what_trains_nothing_is_tried_and_the_rest_is_said_w
     assert asked == [AFTERWARDS]
     assert [(cure.name, cure.command) for cure in found.untried] == [(c.name, c.name) for c in CURES[1:]]
     assert found.untried[1].expected_seconds == pytest.approx(GATE_COST * SECONDS)
-    assert all(any(cure.command in said for said in found.sentences) for cure in found.untried)
+    assert not any(cure.is_needless for cure in found.untried)
+    assert all(cure.label in found.sentences[-1] for cure in found.untried)
 
 
 def test_a_cure_that_passes_stays_the_result_when_dearer_ones_cannot_be_paid_for() -> None:

@@ -6,9 +6,9 @@ import io
 
 from rich.console import Console
 
-from tests.unit.report.sample_cures import cures, report
+from tests.unit.report.sample_cures import cures, measured, report
 from tests.unit.report.samples import findings
-from tests.unit.report.test_sections import section, trace, words
+from tests.unit.report.test_sections import section, table, trace, words
 from tunewise.report.blocks import Chart, Table
 from tunewise.report.charts.cures import front
 from tunewise.report.findings_terminal import show_findings
@@ -41,11 +41,11 @@ def test_every_state_is_drawn_with_both_intervals_and_the_result_is_ringed() -> 
 
 def test_the_table_and_the_page_have_every_cure() -> None:
     said = words(section(FOUND, "quality"))
-    table = drawn().numbers
-    assert isinstance(table, Table)
-    assert [row.cells[0].text for row in table.rows] == ["uncured", *(point.label for point in cures().points)]
-    assert [row.is_chosen for row in table.rows] == [False] * 5 + [True]
-    assert table.rows[1].cells[1].under == "0.840 to 0.860"
+    shown = drawn().numbers
+    assert isinstance(shown, Table)
+    assert [row.cells[0].text for row in shown.rows] == ["uncured", *(point.label for point in cures().points)]
+    assert [row.is_chosen for row in shown.rows] == [False] * 5 + [True]
+    assert shown.rows[1].cells[1].under == "0.840 to 0.860"
     assert "tunewise train runs/tuned/cures/kl.yaml" in said
     html = page(FOUND)
     assert "What was gained against what was forgotten" in html
@@ -61,3 +61,26 @@ def test_the_terminal_shows_them_in_80_columns() -> None:
     assert "+0.950" in best
     assert "+0.030" in best
     assert "passes" in best
+    assert "    tunewise train runs/tuned/cures/kl.yaml" in lines, "whole, to be copied"
+
+
+def test_forgetting_stands_beside_speed() -> None:
+    assert FOUND.methods is not None
+    assert "Forgetting" not in words(section(FOUND, "ladder")), "nobody measured it"
+    trials = tuple(
+        trial.model_copy(update={"forgetting": measured(0.01 * len(trial.on), 0.004) if trial.step_seconds else None})
+        for trial in FOUND.methods.trials
+    )
+    found = FOUND.model_copy(update={"methods": FOUND.methods.model_copy(update={"trials": trials})})
+    for part, caption in (("ladder", "One method after the other"), ("front", "What no other combination beats")):
+        shown = table(found, part, caption)
+        column = [each.title for each in shown.columns].index("Forgetting")
+        cells = [row.cells[column] for row in shown.rows]
+        assert (cells[-1].text, cells[-1].under != "") in (("+0.030", True), ("+0.040", True), ("+0.020", True))
+    stream = io.StringIO()
+    show_findings(found, None, Console(file=stream, width=80, highlight=False, color_system=None))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    (rung,) = [number for number, line in enumerate(lines) if line.startswith("+ bf16")]
+    assert lines[rung].rstrip().endswith("+0.020")
+    assert lines[rung + 1].rstrip().endswith("0.0160 to 0.0240")
