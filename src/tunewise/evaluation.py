@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunewise.engine.assemble import Plan, assemble, settle
 from tunewise.engine.checkpoint import storage_errors
+from tunewise.engine.generate import Progress
 from tunewise.engine.run_folder import RunFolder, read_metrics, write_whole
 from tunewise.errors import InputError
 from tunewise.export.reload import saved_run, saved_tokenizer, whole_model_run
@@ -25,7 +26,6 @@ from tunewise.methods.reading import load_recipe, recipe_from_mapping
 from tunewise.quality.base import base_weights
 from tunewise.quality.battery import Comparison, Items, compare
 from tunewise.quality.gate import Context, judge
-from tunewise.quality.generate import Progress
 from tunewise.quality.material import Material, material_of
 from tunewise.quality.scores import Scores, scores_of
 from tunewise.quality.suites import Subject, suite_named

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from tunewise.engine.generate import Answer, Sampling, generate
 from tunewise.methods.method import Run
 from tunewise.quality.battery import Items
 from tunewise.quality.exceptional import contract_items
 from tunewise.quality.forgetting import general_losses
-from tunewise.quality.generate import Answer, Sampling, generate
 from tunewise.quality.losses import DocumentLosses, document_losses
 from tunewise.quality.material import Material
 from tunewise.quality.prompts import Prompt
