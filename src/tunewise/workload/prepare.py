@@ -171,7 +171,11 @@ def diagnose(
 
 
 def _diagnosed(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int, base: BaseVoice | None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int,
+    base: BaseVoice | None = None,
 ) -> Diagnosed:
     """Read, convert, tokenize, split and examine."""
     data = recipe.data
