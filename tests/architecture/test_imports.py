@@ -21,6 +21,7 @@ ORDER = [
     {"report"},
     {"evaluation"},
     {"api"},
+    {"curing"},
     {"tuning"},
     {"cli"},
 ]
