@@ -107,7 +107,7 @@ def open_workplace(recipe: Recipe, folder: Path, machine: str, memory_bytes: int
             "documents. Set it above 0, or name a validation file with data.validation."
         )
     data_folder = folder / "data"
-    if not (data_folder / "data.json").exists() or corpora.load(data_folder).data_fingerprint != _fingerprint(plan):
+    if corpora.fingerprint(data_folder) != _fingerprint(plan):
         with storage_errors(f"cannot write to the tuning's folder {folder}"):
             corpora.store(plan.data, data_folder)
     general = _general_text(plan, data_folder)

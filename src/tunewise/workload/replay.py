@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tunewise.errors import InputError
@@ -62,7 +61,7 @@ def mix(
     Raises:
         InputError: the general text cannot be read, or there is not enough of it, or no base to ask for its own.
     """
-    own = int(train.is_supervised.sum())
+    own = int(train.num_supervised.sum())
     wanted = max(1, round(own * replay.fraction / (1 - replay.fraction)))
     piece = min(max_length, max(SHORTEST_PIECE, round(float(train.lengths.mean()))))
     drawn = seed ^ 0x5EED
@@ -83,14 +82,4 @@ def mix(
         f"replay: {len(general)} pieces of {kind} ('{replay.source}'), {found:,} of {own + found:,} supervised "
         f"tokens ({found / (own + found):.1%})"
     )
-    return Mixed(joined(train, general), len(general), found, said)
-
-
-def joined(first: Corpus, second: Corpus) -> Corpus:
-    """Return the documents of both, one after the other."""
-    return Corpus(
-        token_ids=np.concatenate((first.token_ids, second.token_ids)),
-        is_supervised=np.concatenate((first.is_supervised, second.is_supervised)),
-        offsets=np.concatenate((first.offsets, second.offsets[1:] + first.offsets[-1])),
-        origins=[*first.origins, *second.origins],
-    )
+    return Mixed(Corpus.joined(train, general), len(general), found, said)
