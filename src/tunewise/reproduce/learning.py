@@ -1,0 +1,190 @@
+"""Train one arm of an experiment by tunewise's own loop, in memory: no checkpoint, no export, no gate.
+
+    losses = bench.once("lora r8 seed 0", lambda: learn(mapping, seed=0).loss)
+
+What an arm learns from is prepared once for all arms that share it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from tunewise.engine.assemble import Plan, assemble, settle
+from tunewise.engine.run_folder import RunFolder
+from tunewise.engine.train import Training
+from tunewise.errors import Interrupted, TrainingDiverged
+from tunewise.methods.method import Run
+from tunewise.methods.reading import recipe_from_mapping
+from tunewise.quality.losses import DocumentLosses, document_losses
+from tunewise.workload.corpus import Corpus
+from tunewise.workload.model import EMBEDDED_FOLDER
+from tunewise.workload.prepare import Prepared
+
+FAST: dict[str, Any] = {"precision": {"compute": "bf16"}, "packing": {"row_tokens": 512}}
+"""Methods that make an arm fast on a CPU and change nothing that is compared between arms."""
+
+_prepared: dict[str, Prepared] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """A finished arm.
+
+    Attributes:
+        run: with the trained weights.
+        plan: the complete recipe and the data.
+        first_loss, loss: validation losses before and after, nats per supervised token.
+        best_loss: the lowest of all evaluations after a step.
+        train_losses: of every step.
+        num_trained: trainable parameters.
+        seconds: of the training loop.
+        diverged: why training was given up, or empty; `loss` is then that of the last evaluation.
+    """
+
+    run: Run
+    plan: Plan
+    first_loss: float
+    loss: float
+    best_loss: float
+    train_losses: list[float]
+    validation_losses: list[float]
+    num_trained: int
+    seconds: float
+    diverged: str
+
+
+def learn(
+    mapping: dict[str, Any],
+    *,
+    change: Callable[[Run], None] = lambda run: None,
+    watch: Callable[[Run, dict[str, Any]], None] = lambda run, entry: None,
+) -> Learnt:
+    """Train as the recipe in `mapping` says.
+
+    Args:
+        mapping: a recipe as plain data; "device" is the CPU where nothing else is said.
+        change: does something to the run before its first step, that no recipe can say.
+        watch: called with every line of the training's record.
+
+    Raises:
+        Interrupted: a signal asked for a stop.
+    """
+    plan = plan_of(mapping)
+    run = assemble(plan)
+    change(run)
+    losses: list[float] = []
+    evaluations: list[float] = []
+
+    def observe(entry: dict[str, Any]) -> None:
+        if entry["event"] == "step":
+            losses.append(entry["loss"])
+        if entry["event"] == "evaluation":
+            evaluations.append(entry["validation_loss"])
+        watch(run, entry)
+
+    diverged, seconds = "", 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = RunFolder(Path(name) / "run")
+        folder.open()
+        try:
+            data = plan.data
+            training = Training(
+                run, data.train, data.validation, plan.num_steps, folder, observe, general=data.general, saves=False
+            )
+            seconds = training.run().seconds
+        except TrainingDiverged as error:
+            diverged = str(error).splitlines()[0]
+        except Interrupted as stop:
+            number = stop.exit_code - 128
+            raise Interrupted(number, "Stopped; what is finished is kept, and the same command goes on.") from None
+        finally:
+            folder.close()
+    last = evaluations or [float("inf")]
+    return Learnt(
+        run, plan, last[0], last[-1], min(last[1:], default=last[0]), losses, evaluations,
+        sum(parameter.numel() for _, parameter in run.trainable()), seconds, diverged,
+    )  # fmt: skip
+
+
+def plan_of(mapping: dict[str, Any]) -> Plan:
+    """Settle a recipe; its data are prepared once for all recipes that read, cut and split them alike."""
+    recipe = recipe_from_mapping({"device": "cpu", **mapping}, "reproduction")
+    given = recipe.to_mapping()
+    key = json.dumps([given["data"], given["objective"], given["model"]["tokenizer"], given["model"]["name"]])
+    key += json.dumps([given["seed"], given["evaluation"]["general_text"], given["evaluation"]["general_tokens"]])
+    plan = settle(recipe, _prepared.get(key))
+    _prepared[key] = plan.data
+    return plan
+
+
+def arm(
+    methods: dict[str, Any],
+    *,
+    seed: int,
+    steps: int,
+    rate: float,
+    documents: int = 8,
+    data: dict[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return the recipe of an arm that fine-tunes the embedded model on functions of the standard library.
+
+    Validation is taken before the first step and after the last.
+    """
+    training = {"steps": steps, "learning_rate": rate, "spike": None, **more.pop("training", {})}
+    evaluation = {"every": steps, "keep_best": False, "max_documents": 60, **more.pop("evaluation", {})}
+    return {
+        "model": "embedded",
+        "data": {"source": "stdlib", "max_records": 800, "max_length": 96, "too_long": "cut", **(data or {})},
+        "methods": {**FAST, **methods},
+        "batch": {"documents": documents, "micro_batch_size": 4},
+        "training": training,
+        "evaluation": evaluation,
+        "seed": seed,
+        **more,
+    }
+
+
+def scratch(folder: Path, *, hidden_size: int = 64, num_hidden_layers: int = 4) -> dict[str, Any]:
+    """Write the shape of a small Llama into `folder`, and return the `model` part of a recipe: random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    LlamaConfig(
+        vocab_size=4096, hidden_size=hidden_size, intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=num_hidden_layers, num_attention_heads=max(1, hidden_size // 16),
+        num_key_value_heads=max(1, hidden_size // 32), max_position_embeddings=512, tie_word_embeddings=True,
+    ).save_pretrained(folder)  # fmt: skip
+    return {"name": str(folder / "config.json"), "weights": "random", "tokenizer": str(EMBEDDED_FOLDER)}
+
+
+def held_out(learnt: Learnt, corpus: Corpus | None = None, most: int = 200) -> DocumentLosses:
+    """Return the losses of single held-out documents, for intervals over documents."""
+    chosen = learnt.plan.data.validation if corpus is None else corpus
+    return document_losses(learnt.run, chosen, range(min(len(chosen), most)))
+
+
+def differences(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return one - other, pair by pair (the same seed on both sides)."""
+    return [one - other for one, other in zip(ones, others, strict=True)]
+
+
+def ratios(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return one / other, pair by pair."""
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def rounded(values: Sequence[float], digits: int = 4) -> list[float]:
+    """Return the values rounded for a table."""
+    return [round(float(value), digits) for value in values]
+
+
+def same_draws(seed: int) -> torch.Generator:
+    """Return a generator of this seed, apart from torch's global one."""
+    return torch.Generator().manual_seed(seed)
