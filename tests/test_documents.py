@@ -10,6 +10,8 @@ import pytest
 
 from tunewise.methods import BY_NAME
 from tunewise.methods.reading import load_recipe, read_yaml
+from tunewise.reproduce import BY_NAME as BY_REPRODUCTION
+from tunewise.reproduce.keeping import read_result
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,6 +19,21 @@ ROOT = Path(__file__).parents[1]
 def test_the_method_cards_are_current() -> None:
     script = ROOT / "docs" / "make_method_cards.py"
     assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run: python {script}"
+
+
+def test_the_pages_of_reproductions_are_current() -> None:
+    script = ROOT / "docs" / "make_reproductions.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run: python {script}"
+
+
+@pytest.mark.parametrize("name", BY_REPRODUCTION)
+def test_every_reproduction_has_a_result_and_what_differs_is_explained(name: str) -> None:
+    folder = ROOT / "reproductions" / name
+    result = read_result(folder / "result.json")
+    assert result is not None
+    assert {each.claim.key for each in result.judged} == {claim.key for claim in BY_REPRODUCTION[name].claims}
+    _, _, by_hand = (folder / "README.md").read_text(encoding="utf-8").partition("## Same or not, and why")
+    assert len(by_hand.split()) >= 10
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda file: file.name)

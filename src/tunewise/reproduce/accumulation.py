@@ -41,7 +41,7 @@ def measure(bench: Bench) -> Evidence:
     """Compare gradients in fp64, then time steps in turns."""
     run = _run()
     findings = _correctness(run, _documents([70, 12, 33, 5, 48, 21, 9, 64]))
-    times = bench.once("times", _times, bench.pick(tiny=2, short=24, full=80))
+    times = bench.once("times", _times, bench.pick(tiny=2, short=14, full=80))
     per_sample = {name: [second / _samples(name) for second in seconds] for name, seconds in times.items()}
     findings["ga2"] = median_ratio(per_sample["1 x 1"], per_sample["2 x 1"])
     one, two = times["1 x 1"], times["2 x 1"]

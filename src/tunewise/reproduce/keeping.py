@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +108,8 @@ def _modules(name: str) -> Sequence[ModuleType]:
         found[module.__name__] = module
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{PACKAGE}."):
-                waiting.append(node.module)
+                inside = (f"{node.module}.{alias.name}" for alias in node.names)
+                waiting += [node.module, *(name for name in inside if name in sys.modules)]
     return [found[each] for each in sorted(found)]
 
 

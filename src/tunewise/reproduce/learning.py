@@ -8,8 +8,9 @@ What an arm learns from is prepared once for all arms that share it.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,19 @@ from tunewise.errors import Interrupted, TrainingDiverged
 from tunewise.methods.method import Run
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.quality.losses import DocumentLosses, document_losses
+from tunewise.reproduce.bench import Bench
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.model import EMBEDDED_FOLDER
 from tunewise.workload.prepare import Prepared
 
 FAST: dict[str, Any] = {"precision": {"compute": "bf16"}, "packing": {"row_tokens": 512}}
 """Methods that make an arm fast on a CPU and change nothing that is compared between arms."""
+
+FUSED: dict[str, Any] = {"fused": {}}
+"""The compiled CPU kernels, where an arm's methods go with them."""
+
+Arm = Callable[[int], dict[str, Any]]
+"""From a seed to a recipe."""
 
 _prepared: dict[str, Prepared] = {}
 
@@ -118,7 +126,8 @@ def plan_of(mapping: dict[str, Any]) -> Plan:
     """Settle a recipe; its data are prepared once for all recipes that read, cut and split them alike."""
     recipe = recipe_from_mapping({"device": "cpu", **mapping}, "reproduction")
     given = recipe.to_mapping()
-    key = json.dumps([given["data"], given["objective"], given["model"]["tokenizer"], given["model"]["name"]])
+    tokens = given["model"]["tokenizer"] or given["model"]["name"]
+    key = json.dumps([given["data"], given["objective"], tokens])
     key += json.dumps([given["seed"], given["evaluation"]["general_text"], given["evaluation"]["general_tokens"]])
     plan = settle(recipe, _prepared.get(key))
     _prepared[key] = plan.data
@@ -140,10 +149,10 @@ def arm(
     Validation is taken before the first step and after the last.
     """
     training = {"steps": steps, "learning_rate": rate, "spike": None, **more.pop("training", {})}
-    evaluation = {"every": steps, "keep_best": False, "max_documents": 60, **more.pop("evaluation", {})}
+    evaluation = {"every": steps, "keep_best": False, "max_documents": 32, **more.pop("evaluation", {})}
     return {
         "model": "embedded",
-        "data": {"source": "stdlib", "max_records": 800, "max_length": 96, "too_long": "cut", **(data or {})},
+        "data": {"source": "stdlib", "max_records": 400, "max_length": 96, "too_long": "cut", **(data or {})},
         "methods": {**FAST, **methods},
         "batch": {"documents": documents, "micro_batch_size": 4},
         "training": training,
@@ -188,3 +197,41 @@ def rounded(values: Sequence[float], digits: int = 4) -> list[float]:
 def same_draws(seed: int) -> torch.Generator:
     """Return a generator of this seed, apart from torch's global one."""
     return torch.Generator().manual_seed(seed)
+
+
+def over_seeds(bench: Bench, arms: Mapping[str, Arm], *, seeds: int) -> dict[str, list[dict[str, float]]]:
+    """Train every arm with every seed, seed by seed, and return the figures that are kept of each.
+
+    Args:
+        bench: keeps every finished training.
+        arms: from a name to a function of the seed that gives the arm's recipe.
+        seeds: how many.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for seed in range(seeds):
+        for name, recipe in arms.items():
+            found[name].append(bench.once(f"{name}, seed {seed}", figures_of, recipe(seed)))
+    return found
+
+
+def figures_of(mapping: dict[str, Any]) -> dict[str, float]:
+    """Train and return what tables and findings need: losses, trainable parameters, seconds and tokens."""
+    learnt = learn(mapping)
+    return {
+        "first": learnt.first_loss,
+        "loss": learnt.loss,
+        "train": sum(learnt.train_losses) / max(1, len(learnt.train_losses)),
+        "trained": float(learnt.num_trained),
+        "seconds": learnt.seconds,
+        "diverged": float(bool(learnt.diverged)),
+    }
+
+
+def column(rows: Sequence[Mapping[str, float]], key: str = "loss") -> list[float]:
+    """Return one figure of every seed."""
+    return [row[key] for row in rows]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean."""
+    return math.fsum(values) / len(values)

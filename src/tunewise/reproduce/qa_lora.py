@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
-from tunewise.engine.dry_run import BatchShape, dry_run
 from tunewise.layers.group_quantized import GroupKind, GroupQuantizedLinear
 from tunewise.layers.lora import lora_layers
 from tunewise.layers.qalora import QALoRALinear
-from tunewise.methods import complete
 from tunewise.methods.method import Run
-from tunewise.methods.reading import recipe_from_mapping
 from tunewise.reproduce.bench import Bench
 from tunewise.reproduce.claim import Claim, Finding, Mark
 from tunewise.reproduce.learning import Learnt, arm, differences, held_out, learn, rounded, same_draws
 from tunewise.reproduce.reproduction import Evidence, Reproduction, Table
+from tunewise.reproduce.true_shapes import llama, trained_parameters
 
 KINDS: tuple[GroupKind, ...] = ("int4", "int3", "int2")
 RANK = 16
@@ -82,7 +78,7 @@ def _losses(kind: GroupKind, seed: int, bench: Bench) -> dict[str, float]:
 
 def _trained(method: str, kind: GroupKind, seed: int, bench: Bench) -> Learnt:
     methods = {method: {"rank": RANK}, "quantize": {"kind": kind}}
-    steps = bench.pick(tiny=1, short=20, full=80)
+    steps = bench.pick(tiny=1, short=14, full=80)
     judged_later = {"max_documents": 2}
     return learn(arm(methods, seed=seed, steps=steps, rate=2e-3, evaluation=judged_later))
 
@@ -126,22 +122,11 @@ def _bytes_ratio() -> float:
 
 
 def _adapter_sizes() -> dict[str, float]:
-    """Count the trainable parameters of both adapters in a dry run at LLaMA-7B's shape, in millions."""
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-    )
-    found = {}
+    """Count the trainable parameters of both adapters at LLaMA-7B's shape, in millions."""
+    shape, found = llama(4096, 11008, 32, 32), {}
     for method in ("lora", "qalora"):
-        mapping = {
-            "model": {"name": str(Path("LLaMA-7B")), "weights": "random"},
-            "data": {"source": "none"},
-            "methods": {method: {"rank": PAPER_RANK}, "quantize": {"kind": "int4"}},
-            "batch": {"documents": 1, "micro_batch_size": 1},
-            "device": "cpu",
-        }
-        recipe = complete(recipe_from_mapping(mapping, "reproduction"), config, torch.device("cpu"))
-        estimate = dry_run(recipe, config, "cpu", [BatchShape.uniform(1, 16)])
-        found[method] = estimate.trainable_parameters / 1e6
+        methods = {method: {"rank": PAPER_RANK}, "quantize": {"kind": "int4"}}
+        found[method] = trained_parameters(shape, methods) / 1e6
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 from tunewise.errors import MissingBackend
 from tunewise.reproduce.bench import Bench, Size
 from tunewise.reproduce.claim import Claim, Finding, Mark, Verdict
-from tunewise.reproduce.keeping import Keeper, as_json, combined, digest_of, read_result
+from tunewise.reproduce.keeping import Keeper, _modules, as_json, combined, digest_of, read_result
 from tunewise.reproduce.reproduction import Evidence, Reproduction, Table
 
 CLAIM = Claim(key="k", says="it is one", mark=Mark.MEMORY, published=1.0, tolerance=0.1)
@@ -76,6 +76,13 @@ def test_other_sizes_and_versions_are_other_results(keeper: Keeper, tmp_path: Pa
     (tmp_path / "words").touch()
     needs = made(data=("words",))
     assert digest_of(needs, keeper.versions, None) != digest_of(needs, keeper.versions, tmp_path)
+
+
+def test_the_digest_covers_what_the_experiment_is_made_of() -> None:
+    names = {module.__name__ for module in _modules("tunewise.reproduce.hf_single_gpu")}
+    used = ("hf_single_gpu", "ladder_claims", "claim", "ladders.hugging_face", "ladders.table")
+    assert {f"tunewise.reproduce.{name}" for name in used} <= names
+    assert "tunewise.reproduce.nf4" not in names
 
 
 def test_what_is_damaged_is_done_again(keeper: Keeper) -> None:
