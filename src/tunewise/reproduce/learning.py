@@ -26,6 +26,7 @@ from tunewise.methods.method import Run
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.quality.losses import DocumentLosses, document_losses
 from tunewise.reproduce.bench import Bench
+from tunewise.reproduce.timing import clock
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.model import EMBEDDED_FOLDER
 from tunewise.workload.prepare import Prepared
@@ -85,7 +86,8 @@ def learn(
     Raises:
         Interrupted: a signal asked for a stop.
     """
-    plan = plan_of(mapping)
+    kept_nowhere = {**mapping.get("evaluation", {}), "keep_best": False}  # so the last state counts, not the best
+    plan = plan_of({**mapping, "evaluation": kept_nowhere})
     run = assemble(plan)
     change(run)
     losses: list[float] = []
@@ -107,7 +109,9 @@ def learn(
             training = Training(
                 run, data.train, data.validation, plan.num_steps, folder, observe, general=data.general, saves=False
             )
-            seconds = training.run().seconds
+            started = clock()
+            training.run()
+            seconds = clock() - started
         except TrainingDiverged as error:
             diverged = str(error).splitlines()[0]
         except Interrupted as stop:
