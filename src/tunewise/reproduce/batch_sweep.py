@@ -46,7 +46,7 @@ def measure(bench: Bench) -> Evidence:
     per_sample = {batch: [second / batch for second in times[str(batch)]] for batch in BATCHES}
     line = np.polyfit(BATCHES, middle, 1)
     residual = np.asarray(middle) - np.polyval(line, BATCHES)
-    records, seeds = bench.pick(tiny=4, short=128, full=512), bench.pick(tiny=1, short=3, full=5)
+    records, seeds = bench.pick(tiny=4, short=96, full=512), bench.pick(tiny=1, short=3, full=5)
     arms: dict[str, Arm] = {f"batch {batch}": _arm(batch, records) for batch in BATCHES}
     found = over_seeds(bench, arms, seeds=seeds)
     losses = [column(found[name], "train") for name in arms]

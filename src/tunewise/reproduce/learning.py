@@ -52,7 +52,8 @@ class Learnt:
         plan: the complete recipe and the data.
         first_loss, loss: validation losses before and after, nats per supervised token.
         best_loss: the lowest of all evaluations after a step.
-        train_losses: of every step.
+        train_loss: mean over all supervised tokens of the losses with which they were met.
+        validation_losses: of every evaluation.
         num_trained: trainable parameters.
         seconds: of the training loop.
         diverged: why training was given up, or empty; `loss` is then that of the last evaluation.
@@ -63,7 +64,7 @@ class Learnt:
     first_loss: float
     loss: float
     best_loss: float
-    train_losses: list[float]
+    train_loss: float
     validation_losses: list[float]
     num_trained: int
     seconds: float
@@ -90,12 +91,12 @@ def learn(
     plan = plan_of({**mapping, "evaluation": kept_nowhere})
     run = assemble(plan)
     change(run)
-    losses: list[float] = []
+    met: list[tuple[float, int]] = []  # of each step; a plain mean of its losses would favour steps of few tokens
     evaluations: list[float] = []
 
     def observe(entry: dict[str, Any]) -> None:
         if entry["event"] == "step":
-            losses.append(entry["loss"])
+            met.append((entry["loss"], entry["supervised_tokens"]))
         if entry["event"] == "evaluation":
             evaluations.append(entry["validation_loss"])
         watch(run, entry)
@@ -120,8 +121,9 @@ def learn(
         finally:
             folder.close()
     last = evaluations or [float("inf")]
+    train_loss = sum(loss * tokens for loss, tokens in met) / max(1, sum(tokens for _, tokens in met))
     return Learnt(
-        run, plan, last[0], last[-1], min(last[1:], default=last[0]), losses, evaluations,
+        run, plan, last[0], last[-1], min(last[1:], default=last[0]), train_loss, evaluations,
         sum(parameter.numel() for _, parameter in run.trainable()), seconds, diverged,
     )  # fmt: skip
 
@@ -224,7 +226,7 @@ def figures_of(mapping: dict[str, Any]) -> dict[str, float]:
     return {
         "first": learnt.first_loss,
         "loss": learnt.loss,
-        "train": sum(learnt.train_losses) / max(1, len(learnt.train_losses)),
+        "train": learnt.train_loss,
         "trained": float(learnt.num_trained),
         "seconds": learnt.seconds,
         "diverged": float(bool(learnt.diverged)),

@@ -30,7 +30,7 @@ CLAIMS = (
 
 def measure(bench: Bench) -> Evidence:
     """Train a grid of rates for both, at two batches and equal samples."""
-    samples, seeds = bench.pick(tiny=32, short=128, full=768), bench.pick(tiny=1, short=3, full=4)
+    samples, seeds = bench.pick(tiny=32, short=96, full=768), bench.pick(tiny=1, short=3, full=4)
     arms: dict[str, Arm] = {
         f"{way}, batch {batch}, rate {rate:g}": _arm(way, batch, rate, samples)
         for way, rates in RATES.items()

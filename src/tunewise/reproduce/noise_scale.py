@@ -85,7 +85,7 @@ def _one(seed: int, bench: Bench) -> dict[str, dict[str, float]]:
 def _mapping(folder: Path, seed: int, steps: int, batch: int, rate: float) -> dict[str, Any]:
     return {
         "model": scratch(folder),
-        "data": {"source": "stdlib", "max_length": 64, "max_records": 800, "too_long": "cut"},
+        "data": {"source": "stdlib", "max_length": 64, "max_records": 60, "too_long": "split"},
         "objective": "pretrain",
         "methods": {**FAST, "attention": {"kind": "sdpa"}, "adamw": {"beta2": 0.95}},
         "batch": {"documents": batch, "micro_batch_size": 4},

@@ -78,7 +78,7 @@ def _losses(kind: GroupKind, seed: int, bench: Bench) -> dict[str, float]:
 
 def _trained(method: str, kind: GroupKind, seed: int, bench: Bench) -> Learnt:
     methods = {method: {"rank": RANK}, "quantize": {"kind": kind}}
-    steps = bench.pick(tiny=1, short=14, full=80)
+    steps = bench.pick(tiny=1, short=10, full=80)
     judged_later = {"max_documents": 2}
     return learn(arm(methods, seed=seed, steps=steps, rate=2e-3, evaluation=judged_later))
 
