@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "reproductions"
 OVERVIEW = ROOT / "docs" / "reproductions.md"
 BY_HAND = "## Same or not, and why"
+NOT_YET = "Not measured yet:"
 
 HEAD = """# Published results, tested again
 
@@ -43,7 +44,8 @@ Numbers of a source that nobody has checked are marked "from memory". This page 
 
 
 def results() -> list[Result]:
-    found = [read_result(FOLDER / each.name / "result.json") for each in ALL if (FOLDER / each.name).is_dir()]
+    files = (FOLDER / each.name / "result.json" for each in ALL)
+    found = [read_result(file) for file in files if file.is_file()]
     return [result for result in found if result is not None]
 
 
@@ -55,11 +57,14 @@ def pages(found: list[Result]) -> dict[Path, str]:
         made[file] = page(result) + f"\n{BY_HAND}\n" + (by_hand.removeprefix("\n") if mark else "")
     counts = ", ".join(f"{verdict}: {sum(each.count(verdict) for each in found)}" for verdict in Verdict)
     seconds = sum(each.seconds for each in found)
+    names = {each.name for each in found}
+    missing = [each.name for each in ALL if each.name not in names]
+    not_yet = f"{NOT_YET} {', '.join(missing)}.\n\n" if missing else ""
     made[OVERVIEW] = (
         HEAD
         + f"{len(found)} reproductions, {sum(len(each.judged) for each in found)} claims; {counts}. All together took "
-        f"{seconds / 60:.0f} minutes.\n\n{table_of_all(found)}\n\n## What differs, and what could not be tested\n\n"
-        f"{table_of_claims(found)}\n"
+        f"{seconds / 60:.0f} minutes.\n\n{not_yet}{table_of_all(found)}\n\n"
+        f"## What differs, and what could not be tested\n\n{table_of_claims(found)}\n"
     )
     return made
 

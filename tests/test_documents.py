@@ -14,6 +14,7 @@ from tunewise.reproduce import BY_NAME as BY_REPRODUCTION
 from tunewise.reproduce.keeping import read_result
 
 ROOT = Path(__file__).parents[1]
+OVERVIEW = (ROOT / "docs" / "reproductions.md").read_text(encoding="utf-8")
 
 
 def test_the_method_cards_are_current() -> None:
@@ -27,8 +28,12 @@ def test_the_pages_of_reproductions_are_current() -> None:
 
 
 @pytest.mark.parametrize("name", BY_REPRODUCTION)
-def test_every_reproduction_has_a_result_and_what_differs_is_explained(name: str) -> None:
+def test_every_reproduction_has_a_page_that_explains_its_result_or_is_named_as_missing(name: str) -> None:
     folder = ROOT / "reproductions" / name
+    if not (folder / "result.json").is_file():
+        (missing,) = [line for line in OVERVIEW.splitlines() if line.startswith("Not measured yet:")]
+        assert name in missing.removeprefix("Not measured yet: ").removesuffix(".").split(", ")
+        return
     result = read_result(folder / "result.json")
     assert result is not None
     assert {each.claim.key for each in result.judged} == {claim.key for claim in BY_REPRODUCTION[name].claims}

@@ -71,7 +71,7 @@ def page(result: Result) -> str:
         f"Measured there: {result.setting}.",
         f"Measured here: {result.here}.",
         markdown_table(head, rows),
-        *(f"{table.title}:\n\n{_figures(table)}" for table in result.tables),
+        *(f"{table.title[:1].upper()}{table.title[1:]}:\n\n{_figures(table)}" for table in result.tables),
         f"    tunewise reproduce {result.name}{flag}",
         f"{result.date}, {result.seconds:.0f} s on {machine}, CPU only, {libraries}. "
         "Everything above is made from result.json by `python docs/make_reproductions.py`.",
