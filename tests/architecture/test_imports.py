@@ -17,6 +17,7 @@ ORDER = [
     {"quality"},
     {"planner"},
     {"lab"},
+    {"reproduce"},
     {"export"},
     {"report"},
     {"evaluation"},
