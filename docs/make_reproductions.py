@@ -37,7 +37,8 @@ what the source says, what came out, and the verdict, by rules that were fixed b
 - *differs*: outside the tolerance, or not on that side. Such results are kept and explained on the reproduction's page;
 - *not testable here*: not measured (mostly: it takes a GPU), or too noisy at this size.
 
-Numbers of a source that nobody has checked are marked "from memory". This page is made from the results by
+Numbers of a source that nobody has checked are marked "from memory". Seconds are of the wall, and tell little where a
+result was measured beside other work, as these were. This page is made from the results by
 `python docs/make_reproductions.py`.
 
 """
