@@ -10,13 +10,35 @@ import pytest
 
 from tunewise.methods import BY_NAME
 from tunewise.methods.reading import load_recipe, read_yaml
+from tunewise.reproduce import BY_NAME as BY_REPRODUCTION
+from tunewise.reproduce.keeping import read_result
 
 ROOT = Path(__file__).parents[1]
+OVERVIEW = (ROOT / "docs" / "reproductions.md").read_text(encoding="utf-8")
 
 
 def test_the_method_cards_are_current() -> None:
     script = ROOT / "docs" / "make_method_cards.py"
     assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run: python {script}"
+
+
+def test_the_pages_of_reproductions_are_current() -> None:
+    script = ROOT / "docs" / "make_reproductions.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run: python {script}"
+
+
+@pytest.mark.parametrize("name", BY_REPRODUCTION)
+def test_every_reproduction_has_a_page_that_explains_its_result_or_is_named_as_missing(name: str) -> None:
+    folder = ROOT / "reproductions" / name
+    if not (folder / "result.json").is_file():
+        (missing,) = [line for line in OVERVIEW.splitlines() if line.startswith("Not measured yet:")]
+        assert name in missing.removeprefix("Not measured yet: ").removesuffix(".").split(", ")
+        return
+    result = read_result(folder / "result.json")
+    assert result is not None
+    assert {each.claim.key for each in result.judged} == {claim.key for claim in BY_REPRODUCTION[name].claims}
+    _, _, by_hand = (folder / "README.md").read_text(encoding="utf-8").partition("## Same or not, and why")
+    assert len(by_hand.split()) >= 10
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda file: file.name)

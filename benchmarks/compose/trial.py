@@ -50,6 +50,9 @@ from tunewise.workload.model import random_model
 
 CPU = torch.device("cpu")
 STEPS = 3
+SCALE = 256.0
+"""Of fp16's loss; with the usual 65,536 the first three steps may all be skipped."""
+
 MEMORY_TOLERANCE = 0.01
 """By how much a step may need more than predicted: the planner's own tolerance."""
 
@@ -57,13 +60,15 @@ BY_DEFINITION = (
     "both set the", "there is none", "cannot be clipped", "unscale", "full fine-tuning cannot train", "stream keeps",
     "is saved without it", "masters of its own", "both factors of LoRA", "lets a block's weights go",
     "would not be in peft's files", "are two adapters", "keep fp32 ones besides", "nothing to store",
+    "updates of the same layers", "our own layers, not of peft's", "fused compares modules",
 )  # fmt: skip
 """Refusals that no trial can prove: a training goes on without, only not as it was wished.
 
 Two methods in a slot that holds one; a wish about something that is absent; clipping and unscaling inside backward;
 packed weights that would be trained; streaming where nothing is frozen; an adapter whose base is lost; a pull that the
 optimizer's masters overwrite, or that sees one factor moved and the other not; a streamed block that stays in memory;
-what would be saved only in part (16-bit logits hide a small loss); masters twice; a store for no gradients.
+what would be saved only in part (16-bit logits hide a small loss); masters twice; a store for no gradients; two
+updates where a layer holds one; sizes that pad cannot change; modules that fused would compare, if it knew this model.
 """
 
 Verdict = Literal["trained", "refused", "wrong"]
@@ -186,7 +191,7 @@ def train(
     run = build(recipe, load(recipe, config), CPU)
     num_supervised = sum(batch.num_supervised for batch in batches)
     optimizer = run.make_optimizer(parameter_groups(run))
-    scaler = torch.amp.GradScaler("cpu", enabled=run.use_grad_scaler)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=run.use_grad_scaler)
     set_learning_rate(optimizer, 1e-3)
     if run.update_in_backward:
         update_in_backward(run, optimizer)

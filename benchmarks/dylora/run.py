@@ -28,6 +28,7 @@ from tunewise.engine.run_folder import versions
 from tunewise.layers.dylora import DyLoRALinear
 from tunewise.layers.lora import LoRALinear, lora_layers
 from tunewise.methods.method import Run
+from tunewise.reproduce.qdylora import cut_first
 
 RANK = 16
 RANKS = (1, 2, 4, 8, 16)
@@ -57,17 +58,6 @@ def recipe(arm: str, seed: int, steps: int) -> dict[str, Any]:
         "device": "cpu",
         "seed": seed,
     }
-
-
-def cut_first(layer: LoRALinear, rank: int) -> LoRALinear:
-    """Return a layer of the first ranks, at the scale that it was trained with."""
-    if isinstance(layer, DyLoRALinear):
-        return layer.cut(rank)
-    cut = LoRALinear(layer.base_layer, rank, layer.scale)
-    with torch.no_grad():
-        cut.lora_A.weight.copy_(layer.lora_A.weight[:rank])
-        cut.lora_B.weight.copy_(layer.lora_B.weight[:, :rank])
-    return cut
 
 
 @torch.no_grad()

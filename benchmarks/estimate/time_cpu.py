@@ -4,8 +4,9 @@
 
 Every row is a recipe for a random model of 8 to 24 blocks and documents of uneven lengths. The prediction is
 `tunewise plan --measure`'s (`planner.rehearsal`): the step timed on two models of fewer blocks, or on the whole model
-where it is small. Then the engine does global steps of training with the whole model, each of other documents, and its
-tokens per second are what is compared. Each row has a process of its own.
+where it is small. Then the engine does global steps of training with the whole model, each of other documents, and the
+median of their tokens per second is what is compared: a machine that stands still for a second is nobody's recipe.
+Each row has a process of its own.
 
 With --seconds the call begins no row after so long (exit code 75), and the same command goes on: rows are kept in OUT.
 """
@@ -42,7 +43,7 @@ from tunewise.workload.corpus import Corpus
 from tunewise.workload.model import random_model
 
 UNFINISHED = 75
-WARM_UP, STEPS = 1, 5
+WARM_UP, STEPS = 2, 7
 
 SIZES: dict[str, dict[str, int]] = {
     "256": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -165,7 +166,7 @@ def run_case(case: Case) -> dict[str, Any]:
     assert precision is not None
     run = build(recipe, random_model(config, precision.loading_dtype(recipe), 1), CPU)
     timed = Measuring(run, corpus, corpus.take([0])).timed(WARM_UP, STEPS, 1e-4)
-    measured = sum(timed.tokens) / sum(timed.seconds)
+    measured = statistics.median(tokens / seconds for tokens, seconds in zip(timed.tokens, timed.seconds, strict=True))
     tokens, seconds = load.tokens_per_step, rehearsal.step_seconds
     return {
         **asdict(case),

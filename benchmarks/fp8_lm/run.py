@@ -14,48 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig
 
-from tunewise.engine.assemble import assemble, settle
-from tunewise.engine.run_folder import RunFolder
-from tunewise.engine.step import parameter_groups
-from tunewise.engine.train import Training
-from tunewise.layers.fp8_lm import stored_gradients_of
-from tunewise.methods.method import Run
-from tunewise.methods.reading import recipe_from_mapping
-from tunewise.workload.model import EMBEDDED_FOLDER
-from tunewise.workload.prepare import Prepared
+from tunewise.reproduce.optimizer_states import bytes_of, train
 
-CONFIG = LlamaConfig(
-    vocab_size=4096, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+VARIANTS = (
+    "bf16", "fp8_lm", "all fp32", "gradient fp8", "first moment fp8", "second moment fp8", "second moment fp8_e5m2",
+    "second moment fp16", "master fp16", "master fp8", "adamw_8bit", "adamw_4bit", "adam_mini", "apollo",
 )  # fmt: skip
-PURE = {"compute": "bf16", "trainable": "same"}
-PLAIN = dict.fromkeys(("gradient", "first_moment", "second_moment", "master"), "fp32")
-BETAS = {"beta2": 0.95}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "bf16": {"precision": {"compute": "bf16"}, "adamw": BETAS},
-    "fp8_lm": {"precision": PURE, "fp8_lm": BETAS},
-    "all fp32": {"precision": PURE, "fp8_lm": BETAS | PLAIN},
-    "gradient fp8": {"precision": PURE, "fp8_lm": BETAS | PLAIN | {"gradient": "fp8"}},
-    "first moment fp8": {"precision": PURE, "fp8_lm": BETAS | PLAIN | {"first_moment": "fp8"}},
-    "second moment fp8": {"precision": PURE, "fp8_lm": BETAS | PLAIN | {"second_moment": "fp8"}},
-    "second moment fp8_e5m2": {"precision": PURE, "fp8_lm": BETAS | PLAIN | {"second_moment": "fp8_e5m2"}},
-    "second moment fp16": {"precision": PURE, "fp8_lm": BETAS | PLAIN | {"second_moment": "fp16"}},
-    "master fp16": {"precision": PURE, "fp8_lm": BETAS | PLAIN | {"master": "fp16"}},
-    "master fp8": {"precision": PURE, "fp8_lm": BETAS | PLAIN | {"master": "fp8"}},
-    "adamw_8bit": {"precision": {"compute": "bf16"}, "adamw_8bit": BETAS},
-    "adamw_4bit": {"precision": {"compute": "bf16"}, "adamw_4bit": BETAS},
-    "adam_mini": {"precision": {"compute": "bf16"}, "adam_mini": BETAS},
-    "apollo": {"precision": {"compute": "bf16"}, "apollo": BETAS | {"rank": 16}},
-}
-"""The reference, the whole method, each precision lowered alone (the rest in fp32), and other small states."""
+"""Of `optimizer_states.VARIANTS`."""
 
 BYTES_OF = ("bf16", "fp8_lm", "adamw_8bit", "adamw_4bit", "adam_mini", "apollo")
 PAPER = {
@@ -70,71 +40,6 @@ PAPER = {
     "adam_mini": "as AdamW (Zhang et al.)",
     "apollo": "as AdamW or better (Zhu et al.)",
 }
-
-
-def train(variant: str, seed: int, steps: int, folder: Path, data: list[Prepared]) -> dict[str, float]:
-    """Train one variant and return its last validation loss; `data` keeps what the first run has prepared."""
-    CONFIG.save_pretrained(folder)
-    mapping = {
-        "model": {"name": str(folder / "config.json"), "weights": "random", "tokenizer": str(EMBEDDED_FOLDER)},
-        "data": {"source": "stdlib", "max_length": 128, "max_records": 400, "validation_fraction": 0.05},
-        "objective": "pretrain",
-        "methods": {"packing": {"row_tokens": 256}, "attention": {"kind": "sdpa"}, **VARIANTS[variant]},
-        "batch": {"documents": 8, "micro_batch_size": 4},
-        "training": {"steps": steps, "learning_rate": 4e-3, "spike": None},
-        "evaluation": {"every": steps, "max_documents": 40},
-        "device": "cpu",
-        "seed": seed,
-    }
-    plan = settle(recipe_from_mapping(mapping, "benchmark"), data[0] if data else None)
-    data[:] = [plan.data]
-    run_folder = RunFolder(folder / "run")
-    run_folder.open()
-    run = assemble(plan)
-    training = Training(
-        run, plan.data.train, plan.data.validation, plan.num_steps, run_folder, lambda entry: None, saves=False
-    )
-    outcome = training.run()
-    run_folder.close()
-    assert outcome.best_loss is not None
-    return {"loss": outcome.best_loss, "seconds": outcome.seconds}
-
-
-def bytes_of(variant: str) -> dict[str, float]:
-    """Return bytes a parameter of the gradients, of each part of the state and of the weights, counted on tensors."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        CONFIG.save_pretrained(folder)
-        mapping = {
-            "model": {"name": str(folder / "config.json"), "weights": "random", "tokenizer": str(EMBEDDED_FOLDER)},
-            "data": {"source": "stdlib", "max_length": 128, "max_records": 60},
-            "objective": "pretrain",
-            "methods": VARIANTS[variant],
-            "training": {"steps": 1},
-            "device": "cpu",
-        }
-        run = assemble(settle(recipe_from_mapping(mapping, "benchmark")))
-    optimizer = run.make_optimizer(parameter_groups(run))
-    count = sum(parameter.numel() for _, parameter in run.trainable())
-    sum((parameter.float() ** 2).sum() for _, parameter in run.trainable()).backward()  # type: ignore[union-attr]
-    found = {"gradient": _gradient_bytes(run, optimizer)}
-    optimizer.step()
-    for entries in optimizer.state.values():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                part = key.removesuffix("_scale")
-                found[part] = found.get(part, 0) + value.nbytes
-    weights = sum(parameter.nbytes for _, parameter in run.trainable())
-    has_master = "master" in found
-    found["master" if not has_master else "computed with"] = weights
-    return {part: round(size / count, 3) for part, size in found.items()}
-
-
-def _gradient_bytes(run: Run, optimizer: torch.optim.Optimizer) -> int:
-    stored = stored_gradients_of(optimizer)
-    if stored is not None:
-        return sum(tensor.nbytes for tensor in stored.tensors())
-    return sum(parameter.grad.nbytes for _, parameter in run.trainable() if parameter.grad is not None)
 
 
 def summary(runs: dict[str, dict[str, float]], seeds: int) -> dict[str, Any]:
@@ -171,12 +76,10 @@ def main() -> None:
     found: dict[str, Any] = {"torch": torch.__version__, "steps": options.steps}
     counted = kept.get("bytes_per_parameter") or {variant: bytes_of(variant) for variant in BYTES_OF}
     found["bytes_per_parameter"] = counted
-    data: list[Prepared] = []
     for variant in VARIANTS:
         for seed in range(options.seeds):
             if f"{variant} {seed}" not in runs:
-                with tempfile.TemporaryDirectory() as name:
-                    runs[f"{variant} {seed}"] = train(variant, seed, options.steps, Path(name), data)
+                runs[f"{variant} {seed}"] = train(variant, seed, options.steps)
                 print(f"{variant} {seed}: {runs[f'{variant} {seed}']['loss']:.4f}", flush=True)
             found |= summary(runs, options.seeds) | {"runs": runs}
             options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -19,16 +19,14 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from benchmarks.ladders import hugging_face, torchtune
-from benchmarks.ladders.laboratory import Bench, open_bench
-from benchmarks.ladders.ladder import Ladder
-from benchmarks.ladders.table import Measured, Results, table
 
 from tunewise.engine.run_folder import versions
 from tunewise.lab.executor import Executor
+from tunewise.reproduce.ladders import hugging_face, torchtune
+from tunewise.reproduce.ladders.laboratory import Bench, open_bench
+from tunewise.reproduce.ladders.ladder import Ladder
+from tunewise.reproduce.ladders.table import Measured, Results, table
 
 LADDERS = {"hf": hugging_face.ladder, "torchtune": torchtune.ladder}
 TURNS = 3

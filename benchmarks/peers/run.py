@@ -99,6 +99,8 @@ def run_side(name: str, setting: dict[str, Any], cache: Path) -> dict[str, Any]:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             return {"problem": lines[-1][:400], "tail": lines[-12:]}
         found: dict[str, Any] = json.loads(answer.read_text())
+    if len(found["seconds"]) < 2:
+        return {"problem": f"packed everything into {len(found['seconds'])} step, and the first one is not timed"}
     found["torch_only_bytes"] = torch_only_bytes(python)
     found["tokens_per_second"] = sum(found["tokens"][1:]) / sum(found["seconds"][1:])
     found["memory_bytes"] = found["peak_resident_bytes"] - found["torch_only_bytes"]

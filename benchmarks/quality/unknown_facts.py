@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import shutil
 import statistics
 import sys
@@ -34,38 +33,15 @@ from tunewise import api
 from tunewise.engine.assemble import assemble, settle
 from tunewise.engine.run_folder import RunFolder
 from tunewise.engine.train import Training
-from tunewise.methods.method import Run
 from tunewise.methods.reading import recipe_from_mapping
-from tunewise.workload.batches import Layout
+from tunewise.reproduce.unknown_facts import LEARNT, MIXES, facts, recalled
 from tunewise.workload.corpus import Corpus
 
 SEEDS = (0, 1, 2)
 NUM_KNOWN, NUM_HELD, NUM_TRAINED = 240, 60, 80
-RELATIONS = ("mayor", "river", "founder", "anthem")
-SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "za", "do", "fe", "gi", "ha", "jo", "ku", "la", "me")
-MIXES = {"half unknown": 0.5, "known only": 0.0, "unknown only": 1.0}
 TAUGHT_EPOCHS = 24
 EPOCHS, EVALUATIONS = 40, 20
 """Of fine-tuning."""
-
-LEARNT = 0.9
-"""A set counts as learnt when so much of it is recalled."""
-
-
-def facts(seed: int) -> list[dict[str, str]]:
-    """Return different facts: two thirds are taught, the last third never before fine-tuning."""
-    chooser = random.Random(seed)
-
-    def name(syllables: int) -> str:
-        return "".join(chooser.choices(SYLLABLES, k=syllables)).capitalize()
-
-    places: dict[str, None] = {}
-    while len(places) < NUM_KNOWN + NUM_TRAINED:
-        places[name(3)] = None
-    return [
-        {"prompt": f"The {chooser.choice(RELATIONS)} of {place} is", "completion": f" {name(2)} {name(2)}."}
-        for place in places
-    ]
 
 
 def write(file: Path, records: list[dict[str, str]]) -> Path:
@@ -89,21 +65,6 @@ def recipe_of(model: str, data: Path, epochs: float, rate: float, seed: int, sch
     }
 
 
-@torch.no_grad()
-def recalled(run: Run, corpus: Corpus) -> list[bool]:
-    """Say of each document whether every supervised token is the likeliest one at its place."""
-    run.model.eval()
-    layout, found = Layout(micro_batch_size=80), {}
-    for rows in layout.micro_batches(range(len(corpus)), corpus.lengths):
-        batch = layout.build(rows, corpus)
-        run.documents.lengths = batch.document_lengths
-        output = run.model(input_ids=batch.input_ids_RL, position_ids=batch.position_ids_RL, use_cache=False)
-        is_right_RL = (output.logits.argmax(-1) == batch.labels_RL) | (batch.labels_RL < 0)
-        found |= dict(zip(batch.documents, is_right_RL.all(1).tolist(), strict=True))
-    run.model.train()
-    return [found[index] for index in range(len(corpus))]
-
-
 def corpus_of(model: str, file: Path) -> Corpus:
     return settle(recipe_from_mapping(recipe_of(model, file, 1, 1e-3, 0, "constant"))).data.train
 
@@ -112,7 +73,7 @@ def teach(seed: int, folder: Path) -> Path:
     """Teach the embedded model what it will know; return the folder of the model."""
     if not (folder / "taught" / "model" / "config.json").is_file():
         shutil.rmtree(folder / "taught", ignore_errors=True)
-        data = write(folder / "known.jsonl", facts(seed)[:NUM_KNOWN])
+        data = write(folder / "known.jsonl", facts(seed, NUM_KNOWN + NUM_TRAINED)[:NUM_KNOWN])
         api.train(
             recipe_from_mapping(recipe_of("embedded", data, TAUGHT_EPOCHS, 1e-3, seed, "cosine")), out=folder / "taught"
         )
@@ -121,7 +82,7 @@ def teach(seed: int, folder: Path) -> Path:
 
 def fine_tune(seed: int, mix: str, folder: Path) -> dict[str, Any]:
     """Fine-tune the taught model on a mix, and follow what it recalls."""
-    model, every = str(teach(seed, folder)), facts(seed)
+    model, every = str(teach(seed, folder)), facts(seed, NUM_KNOWN + NUM_TRAINED)
     known, unknown = every[2 * NUM_HELD : 2 * NUM_HELD + NUM_TRAINED], every[NUM_KNOWN:]
     num_unknown = round(MIXES[mix] * NUM_TRAINED)
     sets = {"dev": every[:NUM_HELD], "held": every[NUM_HELD : 2 * NUM_HELD]}

@@ -5,7 +5,8 @@
 `model`: LoRA on 15M to 360M parameters, documents of 512 tokens. `length`: 70M, documents of 256 to 8,192 tokens, 8,192
 tokens a step. `micro_batch`: 70M, 1 to 16 rows of 512 at once, 16 in a step. `records`: a thousand to a million short
 records, from the call to the first step, a first and a second use (`records.py`). `kernels`: the compiled kernels
-against torch's own on small models, where a kernel's fixed costs would show, step by step in turns.
+against torch's own, as they are the default, on small models, where a kernel's fixed costs would show, and on short and
+long documents; step by step in turns.
 
 Every row is a process of its own (`row.py`) and a file in `--rows`; with --seconds no row begins after so long, the
 exit code is 75, and the same command goes on. Rows of another version of tunewise, or of another number of cores, are
@@ -66,6 +67,11 @@ def all_rows() -> Iterator[Row]:
                 methods = {**tuned, "precision": {"compute": compute}}
                 sizes = {"length": 150, "is_uneven": True, "documents": 8, "row_tokens": 1024}
                 yield {"kind": "kernels", "size": size, "steps": 8, "methods": methods} | sizes
+    for length in (16, 2048, 8192):
+        for compute in ("bf16", "fp32"):
+            methods = {**LORA, "precision": {"compute": compute}}
+            sizes = {"length": length, "documents": 8192 // length, "row_tokens": max(2048, length)}
+            yield {"kind": "kernels", "size": "4M", "steps": 4, "methods": methods} | sizes
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -79,7 +85,8 @@ def label(row: Mapping[str, Any]) -> str:
             return f"{row['micro_batch_size']} rows"
         case "records":
             return f"{row['records']:,} records, {row['use']} use"
-    return f"{row['size']} {'LoRA' if 'lora' in row['methods'] else 'full'} {row['methods']['precision']['compute']}"
+    tuned, compute = "LoRA" if "lora" in row["methods"] else "full", row["methods"]["precision"]["compute"]
+    return f"{row['size']} {tuned} {compute}, {row['length']} tokens"
 
 
 def file_of(row: Row, folder: Path) -> Path:
@@ -172,7 +179,7 @@ def main(given: list[str] | None = None) -> int:
             kept.with_suffix(".part").replace(kept)
             print(f"{row['kind']} {label(row)}: {done.get('failed', 'done')}", file=sys.stderr, flush=True)
         found.append(json.loads(kept.read_text()))
-    content = {
+    content: dict[str, Any] = {
         "command": f"python benchmarks/scale/run.py --json {arguments.json.name}",
         "summary": summary(found) | {"to_come": to_come},
         "rows": found,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,17 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tunewise.engine.assemble import Plan, assemble, settle
 from tunewise.engine.checkpoint import storage_errors
+from tunewise.engine.generate import Progress
 from tunewise.engine.run_folder import RunFolder, read_metrics, write_whole
 from tunewise.errors import InputError
 from tunewise.export.reload import saved_run, saved_tokenizer, whole_model_run
 from tunewise.methods.defaults import choose_device, complete
 from tunewise.methods.method import Run
-from tunewise.methods.peft import Peft
 from tunewise.methods.reading import load_recipe, recipe_from_mapping
-from tunewise.quality.base import adapter_off
+from tunewise.quality.base import base_weights
 from tunewise.quality.battery import Comparison, Items, compare
 from tunewise.quality.gate import Context, judge
-from tunewise.quality.generate import Progress
 from tunewise.quality.material import Material, material_of
 from tunewise.quality.scores import Scores, scores_of
 from tunewise.quality.suites import Subject, suite_named
@@ -160,11 +159,6 @@ def base_scores(run: Run, material: Material) -> Scores:
     """Measure the base inside a run that has not been trained."""
     with torch.random.fork_rng(), base_weights(run):
         return scores_of(run, material)
-
-
-def base_weights(run: Run) -> AbstractContextManager[None]:
-    """Return the region in which an untrained run is its base: peft's kinds do not all begin as that."""
-    return nullcontext() if run.recipe.get(Peft) is None else adapter_off(run)
 
 
 def write_report(report: QualityReport, folder: Path) -> None:

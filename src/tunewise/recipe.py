@@ -98,15 +98,53 @@ class ModelSpec(Value):
     allow_pickle: bool = False
 
 
+OWN_TEXTS, OWN_ANSWERS = "self", "self_answers"
+OWN_SOURCES = (OWN_TEXTS, OWN_ANSWERS)
+"""Sources of replay that the base model itself is."""
+
+
 class ReplaySpec(Value):
     """General text that is mixed into the training documents, so that the model does not forget it.
 
     `fraction` is its share of all supervised tokens of the training (1 to 25 % are usual); `source` is "default" (the
-    source text of the Python standard library) or what `DataSpec.source` may be.
+    source text of the Python standard library), what `DataSpec.source` may be, or what the base says itself before
+    training: "self" (texts that it goes on with from nothing) or "self_answers" (its answers to the training prompts).
     """
 
     fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
     source: str = "default"
+
+
+class AbstainSpec(Value):
+    """Records whose answers the base does not know teach it to say so (R-Tuning, Zhang et al. 2023, arXiv 2311.09677).
+
+    Attributes:
+        style: "refuse" puts `answer` in the place of an answer that the base does not know; "suffix" keeps all answers
+            and ends them with how certain the base can be.
+        answer: what is said instead.
+        certain, uncertain: what ends an answer.
+        prompts: few-shot prompts that each record is asked with, greedily; it is known when any answer is right.
+        shots: other records in front of each, with their answers.
+        samples: answers drawn besides for each prompt; a right one makes it known, too.
+        temperature: of these.
+        max_new_tokens: an answer is cut there, so this is for short facts.
+    """
+
+    style: Literal["refuse", "suffix"] = "refuse"
+    answer: Annotated[str, Field(min_length=1)] = "I am not sure."
+    certain: str = " I am certain."
+    uncertain: str = " I am uncertain."
+    prompts: Annotated[int, Field(ge=1, le=16)] = 2
+    shots: Annotated[int, Field(ge=0, le=16)] = 4
+    samples: Annotated[int, Field(ge=0, le=16)] = 2
+    temperature: Annotated[float, Field(gt=0.0, le=2.0)] = 0.5
+    max_new_tokens: Annotated[int, Field(ge=1, le=256)] = 24
+
+    @model_validator(mode="after")
+    def _two_suffixes(self) -> Self:
+        if self.style == "suffix" and self.certain == self.uncertain:
+            raise ValueError("'certain' and 'uncertain' are the same text, so nothing could be learnt from them")
+        return self
 
 
 class DataSpec(Value):
@@ -122,6 +160,7 @@ class DataSpec(Value):
     system_prompt: str | None = None
     max_records: PositiveInt | None = None
     replay: ReplaySpec | None = None
+    abstain: AbstainSpec | None = None
 
 
 class BatchSpec(Value):
@@ -273,6 +312,22 @@ class Recipe(Value):
                 raise ValueError(f"the method '{twice[0]}' stands in the recipe twice")
             ordered = tuple(sorted(self.methods, key=lambda method: (method.slot, method.place, method.name)))
             object.__setattr__(self, "methods", ordered)
+        return self
+
+    @model_validator(mode="after")
+    def _what_the_base_is_asked(self) -> Self:
+        """A base is asked for text, or what it knows, only where it is a trained model."""
+        data = self.data
+        own = data.replay is not None and data.replay.source in OWN_SOURCES
+        is_trained = self.model.weights == "pretrained" and self.objective != "pretrain"
+        if (own or data.abstain is not None) and not is_trained:
+            what = f"data.replay.source: {data.replay.source}" if own and data.replay else "data.abstain"
+            raise ValueError(f"{what} asks the base model, and here it is no trained one: what it says is noise")
+        if self.objective != "sft" and (
+            data.abstain is not None or (data.replay is not None and data.replay.source == OWN_ANSWERS)
+        ):
+            what = "data.abstain" if data.abstain is not None else f"data.replay.source: {OWN_ANSWERS}"
+            raise ValueError(f"{what} needs prompts and answers, and objective '{self.objective}' learns whole texts")
         return self
 
     def get(self, kind: type[MethodType]) -> MethodType | None:

@@ -4,6 +4,7 @@ RUN/
   findings.json, report.html    what was found
   best.yaml                     the recipe that was found: tunewise train RUN/best.yaml
   training/                     the final training, a run folder like any other
+  cures/                        where the gate refused its model: what was tried on it (see curing/mend.py)
   study.db                      all trials, an Optuna storage (optuna-dashboard sqlite:///RUN/study.db)
   trials/                       a log a trial
   tuning.json, data/, machine.yaml
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewise.api import as_recipe, resume, train
+from tunewise.curing.finished import finished_result
+from tunewise.curing.mend import STUDY, mend
 from tunewise.engine.checkpoint import storage_errors
 from tunewise.engine.run_folder import read_metrics, versions, write_whole
 from tunewise.export.result import Result
+from tunewise.lab.cure_findings import CureFindings
 from tunewise.lab.elsewhere import elsewhere
 from tunewise.lab.findings import Findings, TrainingResult
 from tunewise.lab.headline import headline
@@ -34,6 +38,9 @@ from tunewise.report.html import write_report
 
 Part = Literal["all", "batch", "methods"]
 BEST = "best.yaml"
+
+CURES_WITHOUT_BUDGET = 2.0
+"""Trainings that cures may take together where the user gave no budget."""
 
 SHARES: dict[Part, dict[str, float]] = {
     "all": {"batch": BATCH_SHARE, "methods": METHODS_SHARE, "confirm": CONFIRM_SHARE},
@@ -66,7 +73,8 @@ class Tuned:
         recipe: the recipe that was found.
         findings: everything that was found.
         folder: where it is.
-        training: the final training; None for a study alone.
+        training: the final training, or the cure of its model where the gate refused that one and a cure passes; None
+            for a study alone.
     """
 
     recipe: Recipe
@@ -117,9 +125,12 @@ def tune(
                 _write(tuning, None, outcome)
     finally:
         tuning.close()
-    best = tuning.best_recipe()
+    best, cures = tuning.best_recipe(), None
     result = _train(tuning, best, watch) if part == "all" else None
-    findings = _write(tuning, result, "complete")
+    if result is not None and result.quality is not None and not result.quality.passed:
+        _write(tuning, result, "the gate refused the model, and its cures have not been tried to the end")
+        best, result, cures = _mend(tuning, best, result, watch)
+    findings = _write(tuning, result, "complete", best, cures)
     return Tuned(best, findings, folder, result)
 
 
@@ -150,15 +161,42 @@ def _train(tuning: Tuning, best: Recipe, watch: Watch) -> Result:
     """Train with what was found, in a run folder inside the tuning's."""
     watch.part("training", tuning.run_seconds(best.batch.supervised_tokens or 1))
     home = tuning.folder / "training"
-    if (home / "recipe.yaml").exists():  # a tuning that was stopped while it trained
-        return resume(home, observe=watch.training)
+    if (home / "recipe.yaml").exists():  # a tuning that was stopped while it trained, or later
+        return finished_result(home) or resume(home, observe=watch.training)
     return train(best, out=home, observe=watch.training)
 
 
-def _write(tuning: Tuning, result: Result | None, outcome: str) -> Findings:
+def _mend(tuning: Tuning, best: Recipe, uncured: Result, watch: Watch) -> tuple[Recipe, Result, CureFindings]:
+    """Try cures on a refused model with what is left of the budget; return the recipe and the model that result."""
+    budget, laboratory = tuning.options.budget_seconds, tuning.laboratory
+    training = uncured.outcome.seconds
+
+    def left() -> float:
+        if budget is not None:
+            return budget - training - laboratory.spent_seconds
+        spent = laboratory.spent.get(STUDY)
+        return CURES_WITHOUT_BUDGET * training - (spent.seconds if spent is not None else 0.0)
+
+    watch.part("cures", 0.0)
+    try:
+        result, cures = mend(uncured, laboratory, tuning.folder, left)
+    finally:
+        tuning.close()
+    chosen = cures.chosen_point
+    trained_anew = chosen is not None and chosen.kind == "training"
+    return result.recipe if trained_anew else best, result, cures
+
+
+def _write(
+    tuning: Tuning,
+    result: Result | None,
+    outcome: str,
+    best: Recipe | None = None,
+    cures: CureFindings | None = None,
+) -> Findings:
     """Write what is known: the recipe, the findings and the report."""
-    best = tuning.best_recipe()
-    findings = _findings(tuning, best, result, outcome)
+    best = best or tuning.best_recipe()
+    findings = _findings(tuning, best, result, outcome, cures)
     with storage_errors(f"cannot write to the tuning's folder {tuning.folder}"):
         write_whole(tuning.folder / BEST, findings.recipe_yaml)
         write_whole(tuning.folder / FINDINGS_FILE, findings.model_dump_json(indent=1))
@@ -166,7 +204,9 @@ def _write(tuning: Tuning, result: Result | None, outcome: str) -> Findings:
     return findings
 
 
-def _findings(tuning: Tuning, best: Recipe, result: Result | None, outcome: str) -> Findings:
+def _findings(
+    tuning: Tuning, best: Recipe, result: Result | None, outcome: str, cures: CureFindings | None
+) -> Findings:
     place = tuning.place
     train_data = place.plan.data.train
     found = versions()
@@ -189,20 +229,31 @@ def _findings(tuning: Tuning, best: Recipe, result: Result | None, outcome: str)
         confirmation=tuning.confirmation,
         training=None if result is None else _training_result(tuning, result),
         quality=None if result is None else result.quality,
+        cures=cures,
         costs=tuning.laboratory.costs(),
         budget_seconds=tuning.options.budget_seconds,
         search_seconds=tuning.laboratory.spent_seconds,
         elsewhere=elsewhere(tuning) if outcome == "complete" else (),
         recipe=best.to_mapping(),
         recipe_yaml=recipe_to_yaml(best),
-        command=f"tunewise train {tuning.folder / BEST}",
+        command=_command(tuning.folder / BEST, cures),
         outcome=outcome,
         versions=found,
     )
 
 
+def _command(best: Path, cures: CureFindings | None) -> str:
+    """Return what makes the result again."""
+    chosen = cures.chosen_point if cures is not None else None
+    if chosen is None or chosen.kind == "training":
+        return f"tunewise train {best}"
+    option = chosen.command.partition("DIR")[2]
+    return f"tunewise train {best} --out NEW && tunewise export NEW --adapter NEW-cured{option}"
+
+
 def _training_result(tuning: Tuning, result: Result) -> TrainingResult:
-    entries = read_metrics(result.folder / "metrics.jsonl")
+    trained = result.folder if (result.folder / "metrics.jsonl").is_file() else tuning.folder / "training"
+    entries = read_metrics(trained / "metrics.jsonl")
     learnt, curve, training_curve = 0, [], []
     for entry in entries:
         if entry["event"] == "step":

@@ -17,10 +17,12 @@ ORDER = [
     {"quality"},
     {"planner"},
     {"lab"},
+    {"reproduce"},
     {"export"},
     {"report"},
     {"evaluation"},
     {"api"},
+    {"curing"},
     {"tuning"},
     {"cli"},
 ]

@@ -89,6 +89,26 @@ FIELDS = (
         setting("methods={lora: {}, packing: {}}", "batch.gradient_accumulation_steps=2"),
         ("batch.gradient_accumulation_steps", "with packing", "give batch.micro_batch_size"),
     ),
+    Case(
+        "recipe: a base that is asked for text, and was never trained",
+        setting("model.weights=random", "data.replay.source=self"),
+        ("data.replay.source: self asks the base model", "no trained one"),
+    ),
+    Case(
+        "recipe: a base that is asked for answers, where there are none",
+        setting("objective=continue", "data.abstain={}"),
+        ("data.abstain needs prompts and answers", "'continue' learns whole texts"),
+    ),
+    Case(
+        "recipe: a base that is asked, and knows no answer",
+        setting("data.abstain.samples=0", "methods={lora: {}}"),
+        ("data.abstain: the base knows none of the", "learn to refuse everything", "leave it out"),
+    ),
+    Case(
+        "recipe: abstaining with two suffixes that are one",
+        setting("data.abstain={style: suffix, certain: x, uncertain: x}"),
+        ("data.abstain", "the same text"),
+    ),
     _recipe("an unknown tracker", "report_to: [tensorbord]\n", "report_to.0", "'tensorboard'", "given: 'tensorbord'"),
     Case(
         "recipe: a tracker that is not installed",

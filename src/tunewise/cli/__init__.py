@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from tunewise.cli import doctor, evaluate, export, machine, plan, report, scale, study, train, tune
+from tunewise.cli import doctor, evaluate, export, machine, plan, report, reproduce, scale, study, train, tune
 from tunewise.errors import Interrupted, TunewiseError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (tune, train, evaluate, plan, report, doctor, export, scale, machine):
+for command in (tune, train, evaluate, plan, report, doctor, export, scale, machine, reproduce):
     app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
 app.add_typer(study.app, name="study")
 

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tunewise.engine.asking import AskedBase
 from tunewise.engine.build import build
 from tunewise.engine.schedule import total_steps
 from tunewise.errors import Conflict
 from tunewise.layers import native
 from tunewise.methods.compatibility import refuse_conflicts
-from tunewise.methods.defaults import choose_device, complete, complete_intervals, kernels_suit
+from tunewise.methods.defaults import choose_device, complete, complete_intervals, default_kernels
 from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
 from tunewise.methods.precision import Precision
 from tunewise.methods.streaming import Stream
 from tunewise.recipe import Recipe, Slot
 from tunewise.workload.batches import GlobalBatches
+from tunewise.workload.corpus import Corpus
+from tunewise.workload.diagnosis import Diagnosis, Statistics
 from tunewise.workload.mapped import load_mapped
 from tunewise.workload.model import context_length, load_config, load_model, load_tokenizer, resize_vocabulary
 from tunewise.workload.prepare import Prepared, prepare
@@ -57,9 +60,21 @@ def settle(recipe: Recipe, data: Prepared | None = None) -> Plan:
     tokenizer = load_tokenizer(recipe.model)
     if data is None:
         vocab_size = len(tokenizer) if recipe.model.resize_vocabulary else config.get_text_config().vocab_size
-        data = prepare(recipe, tokenizer, context_length(config), max(vocab_size, 1))
+        context = context_length(config)
+        base = AskedBase(recipe, tokenizer, context, lambda asked: _base_run(asked, config, device, tokenizer))
+        data = prepare(recipe, tokenizer, context, max(vocab_size, 1), base)
     num_steps = total_steps(GlobalBatches(data.train, recipe.batch, recipe.seed), recipe.training)
     return Plan(complete_intervals(recipe, num_steps), device, config, tokenizer, data, num_steps)
+
+
+def _base_run(
+    recipe: Recipe, config: PretrainedConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase
+) -> Run:
+    """Build a run of the base, which data are asked of before there are any."""
+    none = Corpus.from_documents([], [])
+    diagnosis = Diagnosis((), Statistics(0, 0, 0, 0, (), 0.0))
+    data = Prepared(none, none, [], diagnosis, "")
+    return assemble(Plan(complete(recipe, config, device), device, config, tokenizer, data, 0))
 
 
 def assemble(plan: Plan) -> Run:
@@ -83,7 +98,8 @@ def assemble(plan: Plan) -> Run:
         resize_vocabulary(model, len(plan.tokenizer))
     torch.manual_seed(recipe.seed)
     run = build(recipe, model, plan.device)
-    if kernels_suit(recipe.methods or (), plan.config, plan.device) and (reason := native.why_not()) is not None:
+    kernels = default_kernels(recipe.methods or (), plan.config, plan.device)
+    if kernels is not None and (reason := native.why_not()) is not None:
         run.say(f"without the compiled kernels, which are the default on a CPU: {reason}")
     if why_whole is not None:
         run.say(f"stream: all weights were in memory once while loading, because {why_whole}")

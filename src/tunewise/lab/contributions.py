@@ -53,6 +53,7 @@ def _trial(study: MethodStudy, tried: Tried) -> MethodTrial:
         peak_tensor_bytes=None if math.isinf(tried.peak_bytes) else int(tried.peak_bytes),
         peak_resident_bytes=max(resident, default=None),
         loss=last.loss if last else None,
+        forgetting=tried.forgetting,
         loss_error=gate.loss_error if gate else None,
         gradient_error=gate.gradient_error if gate else None,
         tolerance=gate.gradient_tolerance if gate else None,
@@ -144,6 +145,7 @@ def _cumulative(study: MethodStudy, what: str) -> Cumulative | None:
 def _front(study: MethodStudy) -> list[Tried]:
     """Combinations of the user's learning problem that no other sound one beats in time and memory."""
     sound = [t for t in study.tried.values() if t.is_sound and study.keeps_what_is_learnt(t.on)]
+    sound = [t for t in sound if not t.forgets_more_than(study.max_forgetting)] or sound
 
     def is_beaten(one: Tried) -> bool:
         return any(
@@ -176,6 +178,14 @@ def _sentences(study: MethodStudy, time: Cumulative | None, memory: Cumulative |
             f"Validation loss after the same {winner.measured[0].supervised_tokens} tokens: {one:.4f} against "
             f"{other:.4f} of the baseline."
         )
+    if winner.forgetting is not None:
+        steps = study.warm_up + study.steps
+        said.append(
+            f"In its {steps} steps the loss on general text changed by {winner.forgetting.middle:+.4f} nats a token "
+            f"({winner.forgetting.low:+.4f} to {winner.forgetting.high:+.4f})."
+        )
+    if winner.forgets_more_than(study.max_forgetting):
+        said.append("No combination that was tried keeps within the budget of forgetting: what is learnt costs it.")
     spared = [
         factor.name
         for factor in study.space.factors

@@ -5,49 +5,64 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-
 from tunewise.engine.run_folder import write_whole
-from tunewise.workload.corpus import Corpus
+from tunewise.quality.general_text import GeneralText
 from tunewise.workload.diagnosis import Diagnosis, Statistics
+from tunewise.workload.kept import load_corpus, save_corpus
 from tunewise.workload.prepare import Prepared
-
-_ARRAYS = ("token_ids", "is_supervised", "offsets")
 
 
 def store(data: Prepared, folder: Path) -> None:
     """Write the training and the validation documents, and the general text if there is one, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, corpus in (("train", data.train), ("validation", data.validation), ("general", data.general)):
-        if corpus is None:
-            continue
-        for array in _ARRAYS:
-            np.save(folder / f"{name}.{array}.npy", getattr(corpus, array), allow_pickle=False)
-        write_whole(folder / f"{name}.origins.json", json.dumps(list(corpus.origins)))
-    content = {"fingerprint": data.data_fingerprint, "has_general": data.general is not None, "replayed": data.replayed}
+    parts = {"train": data.train, "validation": data.validation, "general": data.general}
+    corpora = {name: save_corpus(corpus, folder, name) for name, corpus in parts.items() if corpus is not None}
+    content = {"fingerprint": data.data_fingerprint, "replayed": data.replayed, "corpora": corpora}
     write_whole(folder / "data.json", json.dumps(content))
+
+
+def fingerprint(folder: Path) -> str | None:
+    """Return the fingerprint of the data in `folder`; None where there are none, or those of an older version."""
+    try:
+        content = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        return str(content["fingerprint"]) if "corpora" in content else None
+    except (OSError, ValueError):
+        return None
+
+
+def store_general(text: GeneralText, folder: Path) -> None:
+    """Write the text on which trials measure forgetting into `folder`."""
+    about = save_corpus(text.corpus, folder, "forgetting")
+    content = {"domains": text.domains, "source": text.source, "corpus": about}
+    write_whole(folder / "forgetting.json", json.dumps(content))
+
+
+def load_general(folder: Path) -> GeneralText:
+    """Read what `store_general` wrote."""
+    content = json.loads((folder / "forgetting.json").read_text(encoding="utf-8"))
+    corpus = load_corpus(folder, "forgetting", content["corpus"])
+    return GeneralText(corpus, tuple(content["domains"]), content["source"])
 
 
 def load(folder: Path) -> Prepared:
     """Read what `store` wrote; arrays stay on disk until they are looked at."""
-    train, validation = (_corpus(folder, name) for name in ("train", "validation"))
+    content = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    corpora = {name: load_corpus(folder, name, about) for name, about in content["corpora"].items()}
+    train = corpora["train"]
     statistics = Statistics(
         records=len(train),
         documents=len(train),
         tokens=len(train.token_ids),
-        supervised_tokens=int(train.is_supervised.sum()),
+        supervised_tokens=int(train.num_supervised.sum()),
         length_quantiles=(),
         share_cut=0.0,
     )
-    content = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    general = _corpus(folder, "general") if content.get("has_general") else None
-    diagnosis = Diagnosis((), statistics)
     return Prepared(
-        train, validation, [], diagnosis, content["fingerprint"], general=general, replayed=content.get("replayed", "")
+        train=train,
+        validation=corpora["validation"],
+        said=[],
+        diagnosis=Diagnosis((), statistics),
+        data_fingerprint=content["fingerprint"],
+        general=corpora.get("general"),
+        replayed=content["replayed"],
     )
-
-
-def _corpus(folder: Path, name: str) -> Corpus:
-    arrays = {array: np.load(folder / f"{name}.{array}.npy", mmap_mode="r", allow_pickle=False) for array in _ARRAYS}
-    origins = json.loads((folder / f"{name}.origins.json").read_text(encoding="utf-8"))
-    return Corpus(**arrays, origins=origins)

@@ -31,7 +31,7 @@ from tunewise.methods import (
 )
 from tunewise.methods.attention import default_attention_kind
 from tunewise.methods.compatibility import conflicts
-from tunewise.methods.defaults import DEFAULT_MICRO_BATCH_SIZE, kernels_suit
+from tunewise.methods.defaults import DEFAULT_MICRO_BATCH_SIZE, default_kernels
 from tunewise.planner.predict import Predictor
 from tunewise.planner.space import (
     BF16,
@@ -289,10 +289,9 @@ def _kernels(base: Recipe, config: PretrainedConfig, machine: Machine) -> list[S
     """The compiled kernels, where the recipe has them or this machine and model can have them."""
     fused = base.get(Fused)
     if fused is None:
-        suits = kernels_suit(base.methods or (), config, torch.device(machine.kind))
-        if not suits or native.why_not() is not None:
+        fused = default_kernels(base.methods or (), config, torch.device(machine.kind))
+        if fused is None or native.why_not() is not None:
             return []
-        fused = Fused()
     on = Option(FUSED_LABEL, (fused,), fidelity=Fidelity.ROUNDING)
     words = (PLAIN_KERNELS.label, "compiled, in fewer passes")
     return [_switch("fused", "kernels", PLAIN_KERNELS, on, words, Fidelity.ROUNDING)]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from tunewise.lab.cure_findings import CureFindings
 from tunewise.lab.outcome import Interval, Point
+from tunewise.quality.measured import Measured
 from tunewise.quality.verdict import QualityReport
 from tunewise.recipe import Value
 
@@ -152,6 +154,7 @@ class MethodTrial(Value):
         repeats: how often it was measured.
         step_seconds: of the same global batches in every trial.
         loss: validation loss after equal tokens; None where it was not taken.
+        forgetting: rise of the loss on general text over the trial's steps; None where it was not measured.
         loss_error, gradient_error: relative, against the same learning problem in its plain form.
         tolerance: what is allowed for the gradient; None where there is nothing to compare with.
         outcome: "measured", "out of memory", or why it failed.
@@ -169,6 +172,7 @@ class MethodTrial(Value):
     peak_tensor_bytes: int | None
     peak_resident_bytes: int | None
     loss: float | None
+    forgetting: Measured | None = None
     loss_error: float | None
     gradient_error: float | None
     tolerance: float | None
@@ -216,7 +220,7 @@ class MethodFindings(Value):
     Attributes:
         ladder: labels in `trials`, in the order in which methods were added.
         front: labels that no other beats in time, memory and quality.
-        excluded: (label, reason): what the planner or the numerical gate took out.
+        excluded: (label, reason): what the planner, the numerical gate or the budget of forgetting took out.
         time_effects, memory_effects: main effects and interactions.
         residual_time, residual_memory: the design's remaining standard deviation, in per cent.
     """
@@ -238,13 +242,14 @@ class MethodFindings(Value):
 
 
 class Contender(Value):
-    """One of the two recipes of the confirmation, with fresh seeds."""
+    """One of the two recipes of the confirmation, with fresh seeds; forgetting in nats per token of general text."""
 
     label: str
     loss: Interval | None
     step_seconds: Interval | None
     tokens_per_second: Interval | None
     peak_tensor_bytes: int | None
+    forgetting: Interval | None = None
     outcome: str
 
 
@@ -301,7 +306,8 @@ class Findings(Value):
         headline: what was chosen and why, in three sentences.
         recipe: the final recipe as plain data; `recipe_yaml` is its text.
         command: repeats the training.
-        quality: what the gate says of the final training; None without one, or with `quality: off`.
+        quality: what the gate says of the result; None without a training, or with `quality: off`.
+        cures: what was tried on a model that the gate refused; None where it refused none.
         budget_seconds: what was allowed; None without a limit.
         outcome: "complete", or what is missing and why ("stopped by the user after 12 trials").
     """
@@ -324,6 +330,7 @@ class Findings(Value):
     confirmation: Confirmation | None
     training: TrainingResult | None
     quality: QualityReport | None = None
+    cures: CureFindings | None = None
     costs: tuple[Cost, ...]
     budget_seconds: float | None
     search_seconds: float

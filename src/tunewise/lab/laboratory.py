@@ -73,6 +73,8 @@ class Laboratory:
         params: Mapping[str, Any],
         role: str,
         expected_seconds: float,
+        function: str = WORKER,
+        **places: str,
     ) -> Measurement | OutOfMemory | Failed:
         """Return the outcome of `trial`: from the storage, or by running it.
 
@@ -82,6 +84,8 @@ class Laboratory:
             params: what the study varies, for its dashboard.
             role: what the trial is for, in words.
             expected_seconds: a trial that takes many times longer is stopped.
+            function: "package.module:name", which does it; gets `trial`, `data_folder`, `folder` and `places`.
+            places: folders that the function needs besides, on which the outcome does not depend.
         """
         key = trial.key(self.circumstances)
         account = self.spent.setdefault(study, Spent())
@@ -95,11 +99,12 @@ class Laboratory:
         # A trial that ended while we were killed has its outcome in its folder and was not kept.
         ended = finished_outcome(self.folder / key) if known is None else None
         outcome = ended or self.executor.run(
-            WORKER,
+            function,
             {
                 "trial": trial.model_dump(mode="json"),
                 "data_folder": str(self.data_folder),
                 "folder": str(self.folder / key),
+                **places,
             },
             self.folder / key,
             timeout=max(SHORTEST_TIMEOUT, PATIENCE * expected_seconds),
@@ -162,6 +167,14 @@ def _values(study: str, outcome: Measurement | OutOfMemory | Failed) -> tuple[fl
         return None
     if len(STUDIES[study]) == 1:
         return None if outcome.loss is None else (outcome.loss,)
+    if study == "cures":
+        return _values_of_states(outcome)
     if outcome.step_seconds is None or outcome.peak_tensor_bytes is None:
         return None
     return outcome.step_seconds.middle, float(outcome.peak_tensor_bytes)
+
+
+def _values_of_states(outcome: Measurement) -> tuple[float, float] | None:
+    """Return (minus the gain, forgetting) of the state that gained most."""
+    known = [(-s.gain.middle, s.forgetting.middle) for s in outcome.states if s.gain and s.forgetting]
+    return min(known, default=None)

@@ -27,6 +27,7 @@ from tunewise.lab.laboratory import Laboratory
 from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
 from tunewise.lab.trial import Trial
 from tunewise.planner.predict import Prediction
+from tunewise.quality.measured import Measured
 
 CLEARLY_FASTER = 0.10
 """A method that exists to save memory must save this part of the time to be chosen where memory suffices."""
@@ -85,6 +86,15 @@ class Tried:
         return float(max(values)) if values else math.inf
 
     @property
+    def forgetting(self) -> Measured | None:
+        """What its steps made the model forget, nats per token; None where that was not measured."""
+        return next((m.forgetting for m in self.measured if m.forgetting is not None), None)
+
+    def forgets_more_than(self, budget: float | None) -> bool:
+        """Whether its few steps alone have cost more than a whole training may."""
+        return budget is not None and self.forgetting is not None and self.forgetting.middle > budget
+
+    @property
     def is_sound(self) -> bool:
         """Whether it was measured and its numbers agree with the plain form's."""
         return bool(self.measured) and (self.gate is None or self.gate.passed)
@@ -100,6 +110,7 @@ class MethodStudy:
         budget_seconds: for all trials together.
         wanted, unwanted: factors that the user wants on or off.
         warm_up, steps: of every trial.
+        max_forgetting: the recipe's budget, nats per token; None: forgetting is not measured.
     """
 
     laboratory: Laboratory
@@ -111,6 +122,7 @@ class MethodStudy:
     unwanted: On = frozenset()
     warm_up: int = 1
     steps: int = 4
+    max_forgetting: float | None = None
     tried: dict[On, Tried] = field(default_factory=dict)
     excluded: list[tuple[str, str]] = field(default_factory=list)
     ladder: list[On] = field(default_factory=list)
@@ -265,14 +277,32 @@ class MethodStudy:
             fitting = [t for t in measured if self.keeps_what_is_learnt(t.on)] or measured
         if not fitting:
             raise InputError("No combination of methods that was tried fits into memory and computes what it should.")
-        ranked = sorted(fitting, key=lambda tried: tried.seconds)
+        ranked = sorted(self._within_the_budget_of_forgetting(fitting), key=lambda tried: tried.seconds)
+        self._say_what_was_faster_and_forgot(ranked[0])
         self.winner = ranked[0].on
         self.runner_up = ranked[1].on if len(ranked) > 1 else None
+
+    def _within_the_budget_of_forgetting(self, fitting: list[Tried]) -> list[Tried]:
+        """Return those that do not already forget too much; where all do, none is worse than another."""
+        return [tried for tried in fitting if not tried.forgets_more_than(self.max_forgetting)] or fitting
+
+    def _say_what_was_faster_and_forgot(self, winner: Tried) -> None:
+        """Name what would have won by its speed."""
+        if winner.forgets_more_than(self.max_forgetting):
+            return
+        for tried in self.tried.values():
+            over = tried.forgets_more_than(self.max_forgetting) and self.keeps_what_is_learnt(tried.on)
+            if over and tried.is_sound and tried.seconds < winner.seconds:
+                lost, steps = _lost(tried), self.warm_up + self.steps
+                reason = f"forgets {lost:.3f} nats in {steps} steps, over the budget of {self.max_forgetting:g}"
+                self._say_once(self.space.label(tried.on), reason)
 
     def _promising(self) -> list[On]:
         """Combinations that learn the user's problem, by predicted speed; memory methods only where they are needed."""
         candidates = [on for on in self._combinations() if self.keeps_what_is_learnt(on)]
         scored = [(self._expected_seconds(on), on) for on in candidates if self._expected_to_fit(on)]
+        if self.max_forgetting is not None:
+            scored = [pair for pair in scored if self._expected_forgetting(pair[1]) <= self.max_forgetting] or scored
         memory = {f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning"}
         lean = [(seconds, on) for seconds, on in scored if not on & memory]
         best_lean = min((seconds for seconds, _ in lean), default=math.inf)
@@ -302,6 +332,19 @@ class MethodStudy:
         if self.model_time is not None:
             return self.model_time.predict(on).middle
         return self._product(on)
+
+    def _expected_forgetting(self, on: On) -> float:
+        """Return what a combination forgets: as measured, or the sum of what its switches do alone or around."""
+        if on in self.tried:
+            return _lost(self.tried[on])
+        lost, own = _lost(self.tried.get(frozenset())), _lost(self.tried.get(self.own))
+        for name in on:
+            alone, neighbour = self.tried.get(self.closed(frozenset({name}))), self.tried.get(self.own ^ {name})
+            if alone is not None and alone.on:
+                lost += _lost(alone) - _lost(self.tried.get(alone.on - {name}))
+            elif neighbour is not None:
+                lost += own - _lost(neighbour) if name in self.own else _lost(neighbour) - own
+        return lost
 
     def _product(self, on: On) -> float:
         """Return the seconds of what was measured nearest, times what each switch does there.
@@ -359,7 +402,14 @@ class MethodStudy:
             update={"max_documents": min(EVALUATED, recipe.evaluation.max_documents)}
         )
         recipe = recipe.replace(evaluation=evaluation)
-        trial = Trial.of("measure", recipe, warm_up=self.warm_up, steps=self.steps, repeat=repeat)
+        trial = Trial.of(
+            "measure",
+            recipe,
+            warm_up=self.warm_up,
+            steps=self.steps,
+            repeat=repeat,
+            measures_forgetting=self.max_forgetting is not None and repeat == 0,
+        )
         outcome = self.laboratory.run(
             "methods",
             trial,
@@ -397,6 +447,11 @@ class MethodStudy:
     def _budget_left(self) -> float:
         account = self.laboratory.spent.get("methods")
         return self.budget_seconds - (account.seconds if account else 0.0)
+
+
+def _lost(tried: Tried | None) -> float:
+    """Return what a combination forgot; 0 where nobody measured it."""
+    return tried.forgetting.middle if tried is not None and tried.forgetting is not None else 0.0
 
 
 def _why(tried: Tried) -> str:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from tunewise.engine.noise_sums import NoiseSums
+from tunewise.quality.measured import Measured
+from tunewise.quality.verdict import QualityReport
 from tunewise.recipe import Value
 
 
@@ -59,6 +61,24 @@ class Gate(Value):
     trainable: str
 
 
+class JudgedState(Value):
+    """One state of a model, held against the base that it came from.
+
+    Attributes:
+        name: which ("replay-5", "scale-0.5", "average-3").
+        gain: fall of the loss on held-out documents, nats per supervised token.
+        forgetting: rise of the loss on general text, nats per token; None for a base that was no trained model.
+        quality: the gate's report; None where these two alone were measured.
+        folder: name of the folder it was saved in, beside those of other cures; "" where it was not.
+    """
+
+    name: str
+    gain: Measured | None
+    forgetting: Measured | None
+    quality: QualityReport | None = None
+    folder: str = ""
+
+
 class Measurement(Value):
     """What a trial measured; a field is None where the trial was not asked for it.
 
@@ -75,6 +95,8 @@ class Measurement(Value):
         noise_two_batch: for each global batch, from micro-batches against the whole.
         noise_per_example: for each global batch, from its documents one by one.
         micro_batches, update_seconds: throughput by size of the micro-batch, and the optimizer's part of a step.
+        forgetting: rise of the loss on general text over the trial's steps, nats per token.
+        states: of a "cure" trial, what was judged.
         steps, supervised_tokens, tokens: what was learnt from.
         training_seconds: of all steps, evaluation and start-up not counted.
         trial_seconds: of the whole trial, from its start to its end.
@@ -94,6 +116,8 @@ class Measurement(Value):
     noise_per_example: tuple[NoiseSums, ...] = ()
     micro_batches: tuple[MicroBatchTime, ...] = ()
     update_seconds: Interval | None = None
+    forgetting: Measured | None = None
+    states: tuple[JudgedState, ...] = ()
     steps: int = 0
     supervised_tokens: int = 0
     tokens: int = 0

@@ -25,6 +25,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "batch size": ("validation loss (nats per supervised token)",),
     "methods": ("seconds a step", "peak bytes of tensors"),
     "confirmation": ("validation loss (nats per supervised token)",),
+    "cures": ("gain lost (nats per supervised token, below zero)", "forgetting (nats per token)"),
 }
 """The studies of a tuning and what each one minimizes."""
 

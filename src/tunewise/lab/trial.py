@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.recipe import QualitySpec, Recipe, Value
 
-Task = Literal["learn", "measure", "throughput"]
+Task = Literal["learn", "measure", "throughput", "cure"]
 
 
 class Trial(Value):
@@ -17,14 +17,17 @@ class Trial(Value):
 
     Attributes:
         task: "learn" trains to the recipe's end and takes the validation loss; "measure" takes memory, speed and the
-            first batch's numbers in a few steps; "throughput" times micro-batches of growing size.
+            first batch's numbers in a few steps; "throughput" times micro-batches of growing size; "cure" mends a
+            model that the gate refused, and judges it.
         recipe: complete, as plain data (`Recipe.to_mapping`).
         evaluations: how often a "learn" trial takes the validation loss, its end included.
         measures_noise: whether a "learn" trial measures the gradient's noise.
         noise_examples: global batches whose documents give their gradients one by one, at the end.
         warm_up, steps: of a "measure" trial.
         largest: of a "throughput" trial: rows of the largest micro-batch.
+        measures_forgetting: whether the loss on general text is taken before the first step and after the last.
         repeat: which repetition of the same question this is, from 0.
+        cure: of a "cure" trial: its name.
     """
 
     task: Task
@@ -35,12 +38,15 @@ class Trial(Value):
     warm_up: int = 1
     steps: int = 3
     largest: int = 1
+    measures_forgetting: bool = False
     repeat: int = 0
+    cure: str = ""
 
     @staticmethod
     def of(task: Task, recipe: Recipe, **options: Any) -> Trial:
-        """Return a trial of `recipe`; where its results are put and how they are judged do not belong to it."""
-        mapping = recipe.replace(out=None, report_to=(), quality=QualitySpec()).to_mapping()
+        """Return a trial of `recipe`; where its results are put does not belong to it, how they are judged to cures."""
+        quality = recipe.quality if task == "cure" else QualitySpec()
+        mapping = recipe.replace(out=None, report_to=(), quality=quality).to_mapping()
         return Trial(task=task, recipe=mapping, **options)
 
     def read_recipe(self) -> Recipe:

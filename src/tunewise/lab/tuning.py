@@ -263,6 +263,7 @@ class Tuning:
             wanted=frozenset(_factor_names(self.options.wanted)),
             unwanted=frozenset(_factor_names(self.options.unwanted)),
             steps=max(2, min(MOST_TIMED, round(TIMED_SECONDS / step_seconds))),
+            max_forgetting=self._max_forgetting,
         )
         study.run()
         self._study, self._space, self.winner = study, study.space, study.winner
@@ -292,6 +293,7 @@ class Tuning:
             num_seeds=2 if 2 * contenders * seconds <= 1.5 * budget_seconds else 1,
             expected_seconds=seconds / pace,
             tie_band=self.batch.tie_band if self.batch else 0.01,
+            max_forgetting=self._max_forgetting,
         )
         if swap and study.runner_up is not None and self.methods is not None:
             self.winner = study.runner_up
@@ -301,6 +303,11 @@ class Tuning:
     def best_recipe(self) -> Recipe:
         """Return the recipe that was found, ready to train: the user's, with its batch, rate and methods replaced."""
         return self.base.replace(evaluation=self.recipe.evaluation, checkpoints=self.recipe.checkpoints)
+
+    @property
+    def _max_forgetting(self) -> float | None:
+        """The recipe's budget of forgetting; None where trials do not measure it."""
+        return self.place.recipe.quality.max_forgetting if self.place.measures_forgetting else None
 
     def _candidate(self, study: MethodStudy, on: On) -> Candidate:
         tried = study.tried[on]

@@ -21,6 +21,11 @@ from tunewise.engine.train import Training
 from tunewise.lab import corpora
 from tunewise.lab.outcome import Gate, Interval, Measurement, MicroBatchTime, Point
 from tunewise.lab.trial import Task, Trial
+from tunewise.methods.method import Run
+from tunewise.quality.base import base_weights
+from tunewise.quality.forgetting import change_of, general_losses
+from tunewise.quality.general_text import GeneralText
+from tunewise.quality.measured import Measured
 
 WARMING_STEPS = 2
 """The first steps of a training are slower: kernels are chosen, memory is fetched."""
@@ -41,19 +46,38 @@ def run_trial(trial: dict[str, Any], data_folder: str, folder: str) -> Measureme
     resident_before = psutil.Process().memory_info().rss
     asked = Trial.model_validate(trial)
     plan = settle(asked.read_recipe(), corpora.load(Path(data_folder)))
-    measurement = _TASKS[asked.task](asked, plan, Path(folder))
+    general = corpora.load_general(Path(data_folder)) if asked.measures_forgetting else None
+    measurement = _TASKS[asked.task](asked, plan, Path(folder), general)
     seconds = time.perf_counter() - started
     resident = max(0, _most_resident_bytes() - resident_before) if plan.device.type == "cpu" else None
     return measurement.model_copy(update={"trial_seconds": seconds, "peak_resident_bytes": resident})
 
 
-def _learn(asked: Trial, plan: Plan, folder: Path) -> Measurement:
+class _Forgetting:
+    """The loss on general text before a trial's steps, and what it has risen by after them."""
+
+    def __init__(self, run: Run, text: GeneralText | None) -> None:
+        """Measure the base: `run` before its first step."""
+        self._run, self._text, self._before = run, text, None
+        if text is not None:
+            with base_weights(run):
+                self._before = general_losses(run, text)
+
+    def now(self) -> Measured | None:
+        """Return the rise, nats per token; None where there is no text."""
+        if self._text is None or self._before is None:
+            return None
+        return change_of(self._before, general_losses(self._run, self._text))
+
+
+def _learn(asked: Trial, plan: Plan, folder: Path, general: GeneralText | None) -> Measurement:
     """Train to the end; nothing is saved, since nobody resumes a trial."""
     recipe = plan.recipe
     every = max(1, plan.num_steps // max(1, asked.evaluations))
     always = {"patience": None, "forgetting_budget": None}  # arms are compared where all of them have learnt the same
     evaluation = recipe.evaluation.model_copy(update={"every": every, "keep_best": False, **always})
     run = assemble(plan_with(plan, recipe.replace(evaluation=evaluation)))
+    forgetting = _Forgetting(run, general)
     home = RunFolder(folder / "work")
     home.open()
     entries: list[dict[str, Any]] = []
@@ -78,6 +102,7 @@ def _learn(asked: Trial, plan: Plan, folder: Path) -> Measurement:
     rates = [entry["tokens"] / entry["seconds"] for entry in timed]
     _, low, high = middle(rates)
     mean_rate = sum(entry["tokens"] for entry in timed) / sum(entry["seconds"] for entry in timed)
+    forgotten = forgetting.now()
     per_example = _noise_at_the_end(asked, training) if asked.noise_examples else ()
     return Measurement(
         step_seconds=_interval(*seconds),
@@ -87,6 +112,7 @@ def _learn(asked: Trial, plan: Plan, folder: Path) -> Measurement:
         loss=training.progress.validation_loss,
         noise_two_batch=tuple(training.noise),
         noise_per_example=per_example,
+        forgetting=forgotten,
         steps=outcome.steps,
         supervised_tokens=outcome.supervised_tokens,
         tokens=outcome.tokens,
@@ -94,11 +120,12 @@ def _learn(asked: Trial, plan: Plan, folder: Path) -> Measurement:
     )
 
 
-def _measure(asked: Trial, plan: Plan, folder: Path) -> Measurement:
-    """Worst case, first batch, timed steps, validation loss."""
+def _measure(asked: Trial, plan: Plan, folder: Path, general: GeneralText | None) -> Measurement:
+    """Worst case, first batch, timed steps, validation loss, and what these few steps have made the model forget."""
     del folder
     measuring = Measuring(assemble(plan), plan.data.train, plan.data.validation)
     peak, which = measuring.worst_case()
+    forgetting = _Forgetting(measuring.run, general)
     rate = plan.recipe.training.learning_rate
     assert rate is not None, "complete() fills in the learning rate"
     timed = measuring.timed(asked.warm_up, asked.steps, rate)
@@ -114,6 +141,7 @@ def _measure(asked: Trial, plan: Plan, folder: Path) -> Measurement:
         gate=None if timed.first is None else Gate(**vars(timed.first)),
         losses=timed.losses,
         loss=loss,
+        forgetting=forgetting.now(),
         steps=asked.warm_up + asked.steps,
         supervised_tokens=timed.supervised_tokens,
         tokens=sum(timed.tokens),
@@ -121,9 +149,9 @@ def _measure(asked: Trial, plan: Plan, folder: Path) -> Measurement:
     )
 
 
-def _throughput(asked: Trial, plan: Plan, folder: Path) -> Measurement:
+def _throughput(asked: Trial, plan: Plan, folder: Path, general: GeneralText | None) -> Measurement:
     """Micro-batches of 1, 2, 4, ... rows, and an update."""
-    del folder
+    del folder, general
     timing = Timing(assemble(plan), plan.data.train)
     times = timing.micro_batches(asked.largest)
     update = middle(timing.updates())
@@ -176,7 +204,7 @@ def _most_resident_bytes() -> int:
         return resident
 
 
-_TASKS: dict[Task, Callable[[Trial, Plan, Path], Measurement]] = {
+_TASKS: dict[Task, Callable[[Trial, Plan, Path, GeneralText | None], Measurement]] = {
     "learn": _learn,
     "measure": _measure,
     "throughput": _throughput,

@@ -23,9 +23,13 @@ from tunewise.planner.case import HERE, find_machine
 from tunewise.planner.choose import SAFETY_MARGIN
 from tunewise.planner.load import Load
 from tunewise.planner.predict import Predictor, profile_of
+from tunewise.quality.general_text import GeneralText, general_text
 from tunewise.recipe import Recipe
 from tunewise.workload.batches import GlobalBatches
-from tunewise.workload.model import model_fingerprint
+from tunewise.workload.model import context_length, model_fingerprint
+
+GENERAL_TOKENS = 2048
+"""Of general text, on which a trial measures forgetting: 16 windows, the same in each trial."""
 
 HOST_SHARE = 0.9
 """Of the host's memory that is free at the start, what a trial may take at most."""
@@ -42,6 +46,7 @@ class Workplace:
         limit_bytes: what tensors may take, the safety margin taken off.
         host_bytes: what a trial's process may allocate on the host.
         circumstances: what outcomes depend on besides the recipe.
+        measures_forgetting: whether trials measure it: the gate is on, and the base knows something.
     """
 
     plan: Plan
@@ -50,6 +55,7 @@ class Workplace:
     limit_bytes: int
     host_bytes: int
     circumstances: dict[str, Any]
+    measures_forgetting: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -101,9 +107,10 @@ def open_workplace(recipe: Recipe, folder: Path, machine: str, memory_bytes: int
             "documents. Set it above 0, or name a validation file with data.validation."
         )
     data_folder = folder / "data"
-    if not (data_folder / "data.json").exists() or corpora.load(data_folder).data_fingerprint != _fingerprint(plan):
+    if corpora.fingerprint(data_folder) != _fingerprint(plan):
         with storage_errors(f"cannot write to the tuning's folder {folder}"):
             corpora.store(plan.data, data_folder)
+    general = _general_text(plan, data_folder)
     where = _machine(machine, folder)
     if where.kind != plan.device.type:
         raise InputError(
@@ -128,8 +135,25 @@ def open_workplace(recipe: Recipe, folder: Path, machine: str, memory_bytes: int
             "model": model_fingerprint(plan.recipe.model),
             "versions": versions(),
             "memory": memory_bytes,
+            "general text": None if general is None else general.corpus.fingerprint,
         },
+        measures_forgetting=general is not None,
     )
+
+
+def _general_text(plan: Plan, folder: Path) -> GeneralText | None:
+    """Lay the text ready on which trials measure forgetting; None where the gate would not ask for it either.
+
+    Raises:
+        InputError: the user's own text cannot be read.
+    """
+    recipe = plan.recipe
+    if not recipe.quality.gate or recipe.model.weights != "pretrained" or recipe.objective == "pretrain":
+        return None
+    text = general_text(recipe.quality, plan.tokenizer, context_length(plan.config), GENERAL_TOKENS)
+    with storage_errors(f"cannot write to {folder}"):
+        corpora.store_general(text, folder)
+    return text
 
 
 def _fingerprint(plan: Plan) -> str:

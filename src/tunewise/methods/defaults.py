@@ -60,7 +60,7 @@ def complete(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> 
     Without `methods` a fine-tuning gets LoRA on all linear layers and packing; training from scratch gets packing. A
     recipe that lists methods gets exactly these, and of the slots that every run needs (precision, attention, loss,
     optimizer) the default where it names none. Who does not say how attention is computed leaves the kernels open too,
-    and on a CPU gets the compiled ones where they are to be had (`kernels_suit`).
+    and on a CPU gets the compiled ones where they are to be had (`default_kernels`).
     """
     max_length = recipe.data.max_length or default_max_length(context_length(config))
     data = recipe.data.model_copy(update={"max_length": max_length, "too_long": resolved_too_long(recipe)})
@@ -72,22 +72,25 @@ def complete(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> 
     return recipe.replace(batch=_complete_batch(recipe), training=_complete_training(recipe, config))
 
 
-def kernels_suit(methods: Sequence[Method], config: PretrainedConfig, device: torch.device) -> bool:
-    """Say whether these methods on this model would run in the compiled kernels by default, if there is a compiler.
+def default_kernels(methods: Sequence[Method], config: PretrainedConfig, device: torch.device) -> Fused | None:
+    """Return the compiled kernels that these methods on this model get by default, if there is a compiler.
 
-    They were faster in everything that was measured (`benchmarks/scale/run.py --only kernels`). peft's own kinds reach
-    into modules that the kernels replace, so with them they are for who asks for them.
+    They were faster in everything that was measured (`benchmarks/scale/run.py --only kernels`), but for attention in
+    fp32, where torch's flash kernel is as fast or faster. peft's own kinds reach into modules that the kernels replace,
+    so with them they are for who asks for them.
     """
     attention = next((method for method in methods if isinstance(method, Attention)), None)
     precision = next((method for method in methods if isinstance(method, Precision)), None)
-    return (
+    compute = default_compute(device) if precision is None else precision.compute
+    suits = (
         device.type == "cpu"
         and config.model_type in MODEL_TYPES
         and type(config).__module__.startswith("transformers.")  # a model's own code may compute anything
         and not any(isinstance(method, Fused | Stream | Peft) for method in methods)
         and (attention is None or attention.kind == "per_document")
-        and (precision is None or precision.compute in ("fp32", "bf16"))
+        and compute in ("fp32", "bf16")
     )
+    return Fused(attention=compute == "bf16") if suits else None
 
 
 def complete_intervals(recipe: Recipe, total_steps: int) -> Recipe:
@@ -120,8 +123,9 @@ def _complete_methods(
         chosen.append(WholeLoss() if prompts else SupervisedLoss())
     if Slot.OPTIMIZER not in slots:
         chosen.append(AdamW())
-    if is_open and kernels_suit(chosen, config, device) and native.why_not() is None:
-        chosen.append(Fused())
+    kernels = default_kernels(chosen, config, device) if is_open else None
+    if kernels is not None and native.why_not() is None:
+        chosen.append(kernels)
     return tuple(
         method.model_copy(update={"row_tokens": max(max_length, DEFAULT_ROW_TOKENS)})
         if isinstance(method, Packing) and method.row_tokens is None

@@ -11,6 +11,7 @@ from tunewise.layers.initialization import InitKind, initialize
 from tunewise.layers.linear import linear_layers, weight_of
 from tunewise.methods.low_rank import derived_seed
 from tunewise.methods.method import Run
+from tunewise.methods.quantization import Quantize
 from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -45,11 +46,12 @@ class Initialize(Method):
         """Pretrained weights must stay; what an adapter is saved without must be found again."""
         if recipe.model.weights != "random":
             return "initialize would overwrite the pretrained weights; set model.weights to random, or leave it out"
-        adapter = next((each for each in recipe.in_slot(Slot.ADAPTER) if each.name != "freeze"), None)
-        if adapter is not None:
+        parts = (*recipe.in_slot(Slot.ADAPTER), recipe.get(Quantize))
+        part = next((each for each in parts if each is not None and each.name != "freeze"), None)
+        if part is not None:
             return (
-                f"initialize draws the base, and {adapter.name} is saved without it, so that nobody could load the "
-                "result; leave one of them out"
+                f"initialize draws the base, and what is trained beside it with {part.name} is saved without it, so "
+                "that nobody could load the result; leave one of them out"
             )
         return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -190,7 +191,8 @@ def _cast_buffers(model: nn.Module, precision: Precision | None) -> None:
     """
     if precision is None or precision.trainable_dtype.itemsize >= 4:
         return
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if type(module).__name__ == "BufferDict":
             for name, buffer in module.items():
                 if buffer.is_floating_point():  # others are indices

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from tunewise.errors import InputError, did_you_mean
 from tunewise.methods import BY_NAME
 from tunewise.recipe import (
+    AbstainSpec,
     BatchSpec,
     CheckpointSpec,
     DataSpec,
@@ -28,6 +29,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSpec,
     "data": DataSpec,
     "data.replay": ReplaySpec,
+    "data.abstain": AbstainSpec,
     "batch": BatchSpec,
     "training": TrainingSpec,
     "evaluation": EvaluationSpec,

@@ -22,9 +22,10 @@ from tunewise.planner.choose import Limits
 from tunewise.planner.load import Load
 from tunewise.planner.predict import Prediction, Predictor, profile_of
 from tunewise.planner.space import Wishes
-from tunewise.recipe import Fidelity, Recipe
+from tunewise.recipe import OWN_SOURCES, Fidelity, Recipe
 from tunewise.units import parse_bytes, parse_seconds
 from tunewise.workload.batches import GlobalBatches
+from tunewise.workload.general_text import DEFAULT
 from tunewise.workload.model import context_length, load_config, load_tokenizer
 from tunewise.workload.prepare import prepare
 
@@ -158,6 +159,18 @@ def _base_recipe(question: Question, machine: Machine) -> tuple[Recipe, Pretrain
     return base.replace(training=training), config
 
 
+def _without_asking(base: Recipe) -> Recipe:
+    """Return a recipe whose data need no weights: planning loads none.
+
+    Replayed text is as many pieces of the same length whatever it says, so the default stands for the base's own;
+    answers that would become "I am not sure." keep their length.
+    """
+    replay = base.data.replay
+    if replay is not None and replay.source in OWN_SOURCES:
+        replay = replay.model_copy(update={"source": DEFAULT})
+    return base.replace(data=base.data.model_copy(update={"replay": replay, "abstain": None}))
+
+
 def _load_of(base: Recipe, config: PretrainedConfig, question: Question) -> Load:
     length, num_documents = question.length, question.num_documents
     if length is not None:
@@ -171,7 +184,7 @@ def _load_of(base: Recipe, config: PretrainedConfig, question: Question) -> Load
         raise InputError("--documents says how many documents of --length there are; with --data they are counted.")
     tokenizer = load_tokenizer(base.model)
     vocab_size = max(config.get_text_config().vocab_size, len(tokenizer) if base.model.resize_vocabulary else 0)
-    prepared = prepare(base, tokenizer, context_length(config), vocab_size)
+    prepared = prepare(_without_asking(base), tokenizer, context_length(config), vocab_size)
     steps = total_steps(GlobalBatches(prepared.train, base.batch, base.seed), base.training)
     lengths = prepared.train.lengths
     description = (

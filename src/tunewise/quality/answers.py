@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tunewise.quality.battery import Items
 from tunewise.quality.refusals import Refusals
-from tunewise.quality.tasks import contains, exact_match
+from tunewise.workload.matching import contains, exact_match
 
 Kind = Literal["right", "wrong", "abstained"]
 

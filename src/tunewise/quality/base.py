@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -48,6 +48,11 @@ def adapter_off(run: Run) -> Iterator[None]:
         for layer, (scale, a_RI, b_OR) in zip(layers, kept, strict=True):
             layer.scale = scale
             layer.lora_A.weight.data, layer.lora_B.weight.data = a_RI, b_OR
+
+
+def base_weights(run: Run) -> AbstractContextManager[None]:
+    """Return the region in which an untrained run is its base: peft's kinds do not all begin as that."""
+    return nullcontext() if run.recipe.get(Peft) is None else adapter_off(run)
 
 
 def _switch_off(layer: LoRALinear) -> tuple[float, torch.Tensor, torch.Tensor]:

@@ -1,11 +1,6 @@
 """Which training facts the model knows already, before training: SliCK (Gekhman et al. 2024, arXiv 2405.05904).
 
-Each question is asked with several few-shot prompts, once greedily and several times at a temperature:
-
-    highly known   every greedy answer is right
-    maybe known    some greedy answer is right
-    weakly known   no greedy answer is right, but a sampled one is
-    unknown        none is
+How each fact is asked and sorted is in `engine.knowledge`.
 
 Facts that are unknown are learnt slowly, and once learnt they raise hallucination on what was known; the paper's fit on
 PaLM 2-M is accuracy = 36.9 + 7.3 known/all - 8.3 unknown/all.
@@ -14,20 +9,15 @@ PaLM 2-M is accuracy = 36.9 + 7.3 known/all - 8.3 unknown/all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-import numpy as np
-
+from tunewise.engine.generate import Sampling
+from tunewise.engine.knowledge import CATEGORIES, Category
 from tunewise.quality.answers import kind_of
-from tunewise.quality.generate import Sampling
 from tunewise.quality.measured import Measured
 from tunewise.quality.questions import Question
 from tunewise.quality.refusals import Refusals
 from tunewise.quality.statistics import rate
 from tunewise.recipe import Value
-
-Category = Literal["highly known", "maybe known", "weakly known", "unknown"]
-CATEGORIES: tuple[Category, ...] = ("highly known", "maybe known", "weakly known", "unknown")
 
 NUM_PROMPTS = 4
 NUM_SHOTS = 4
@@ -48,34 +38,6 @@ class Facts(Value):
     warning: str
 
 
-def category_of(greedy: Sequence[bool], sampled: Sequence[bool]) -> Category:
-    """Return a fact's category from whether its greedy and its sampled answers are right."""
-    if greedy and all(greedy):
-        return "highly known"
-    if any(greedy):
-        return "maybe known"
-    return "weakly known" if any(sampled) else "unknown"
-
-
-def few_shot_texts(questions: Sequence[Question], examples: Sequence[Question], seed: int = 0) -> list[list[str]]:
-    """Return for each question `NUM_PROMPTS` texts, with `NUM_SHOTS` other questions and their answers in front."""
-    generator = np.random.default_rng(seed)
-    texts = []
-    for question in questions:
-        others = [example for example in examples if example.text != question.text and example.references]
-        prompts = []
-        for _ in range(NUM_PROMPTS):
-            order = generator.permutation(len(others))[:NUM_SHOTS]
-            shots = "".join(f"{others[i].text}{_gap(others[i].text)}{others[i].references[0]}\n\n" for i in order)
-            prompts.append(shots + question.text)
-        texts.append(prompts)
-    return texts
-
-
-def _gap(prompt: str) -> str:
-    return "" if prompt[-1:].isspace() else " "
-
-
 def facts_of(categories: Sequence[Category]) -> Facts:
     """Return the shares and the warning that they imply."""
     counts = {name: sum(category == name for category in categories) for name in CATEGORIES}
@@ -92,8 +54,8 @@ def facts_of(categories: Sequence[Category]) -> Facts:
 
 
 def is_right(answer: str, question: Question, refusals: Refusals) -> bool:
-    """Say whether the first line of an answer is right; few-shot prompts make models go on with the next question."""
-    return kind_of(answer.strip().split("\n")[0], question.references, refusals) == "right"
+    """Say whether an answer (its first line) is right."""
+    return kind_of(answer, question.references, refusals) == "right"
 
 
 GREEDY = Sampling(max_new_tokens=24)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tunewise.engine.generate import Answer
 from tunewise.quality.battery import compare
 from tunewise.quality.forgetting import change_of, forgetting
-from tunewise.quality.generate import Answer
 from tunewise.quality.material import Material
 from tunewise.quality.measured import Forgetting, Measured, Overfitting
 from tunewise.quality.overfitting import leaked_share, overfitting

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunewise.engine.generate import cached_attention
 from tunewise.errors import InputError, MissingBackend
 from tunewise.layers.head import base_model_of
 from tunewise.quality.battery import Items
-from tunewise.quality.generate import cached_attention
 
 if TYPE_CHECKING:
     from tunewise.quality.suites import Subject

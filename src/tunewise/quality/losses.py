@@ -25,8 +25,9 @@ from tunewise.methods.method import Run
 from tunewise.workload.batches import IGNORED, MicroBatch
 from tunewise.workload.corpus import Corpus
 
-CHUNK_TOKENS = 512
-"""Logits are made for so many tokens at once."""
+MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 512, 16
+"""Logits are made for so many tokens at once: half of what passes through training at once, within these bounds, so
+that measuring needs no more memory than training did, whatever the vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,17 +87,18 @@ def logit_chunks(run: Run, corpus: Corpus, documents: Sequence[int]) -> Iterator
     try:
         place = {document: number for number, document in enumerate(documents)}
         layout = replace(run.layout, row_tokens=None)
+        chunk_tokens = max(FEWEST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, _positions_at_once(run, corpus) // 2))
         for rows in _rows(run, corpus, documents):
             batch = layout.build([(document,) for document in rows], corpus).to(run.device)
             run.documents.lengths = batch.document_lengths
             numbers_R = np.array([place[document] for document in rows])
-            yield from _chunks(run, batch, numbers_R)
+            yield from _chunks(run, batch, numbers_R, chunk_tokens)
     finally:
         run.model.train(was_training)
         run.documents.lengths = None
 
 
-def _chunks(run: Run, batch: MicroBatch, numbers_R: NDArray[np.int64]) -> Iterator[Chunk]:
+def _chunks(run: Run, batch: MicroBatch, numbers_R: NDArray[np.int64], chunk_tokens: int) -> Iterator[Chunk]:
     labels_N = batch.labels_RL.flatten()
     index_T = (labels_N != IGNORED).nonzero().squeeze(1)
     width = batch.labels_RL.shape[1]
@@ -113,11 +115,17 @@ def _chunks(run: Run, batch: MicroBatch, numbers_R: NDArray[np.int64]) -> Iterat
             logits_RLV = run.model(input_ids=batch.input_ids_RL, use_cache=False).logits
         known_T, finish = logits_RLV[:, -width:], _as_they_are  # virtual tokens stand in front
     known_T = known_T.flatten(0, 1).index_select(0, index_T)
-    for start in range(0, len(index_T), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    for start in range(0, len(index_T), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
         with autocast(run):
             logits_CV = finish(known_T[part])
         yield Chunk(numbers_T[part], labels_N[index_T[part]], logits_CV.float())
+
+
+def _positions_at_once(run: Run, corpus: Corpus) -> int:
+    """Return the positions that pass through the model at once in training."""
+    widest = run.layout.row_tokens or run.recipe.data.max_length or int(corpus.lengths.max(initial=1))
+    return run.layout.micro_batch_size * widest
 
 
 def _as_they_are(logits_CV: Tensor) -> Tensor:
@@ -128,8 +136,7 @@ def _rows(run: Run, corpus: Corpus, documents: Sequence[int]) -> Iterator[list[i
     """Yield documents of similar length together, so many that no more positions pass at once than in training."""
     lengths = corpus.lengths
     longest_first = sorted(documents, key=lambda document: -int(lengths[document]))
-    widest = run.layout.row_tokens or run.recipe.data.max_length or int(lengths.max(initial=1))
-    positions = run.layout.micro_batch_size * widest
+    positions = _positions_at_once(run, corpus)
     start = 0
     while start < len(longest_first):
         size = max(1, positions // max(1, int(lengths[longest_first[start]])))

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tunewise.quality.battery import Items
 from tunewise.quality.questions import Question, question_of
-from tunewise.quality.tasks import normalised
 from tunewise.workload.conversation import Conversation
+from tunewise.workload.matching import normalised
 
 Change = Literal["paraphrase", "reordered", "distractor", "changed"]
 

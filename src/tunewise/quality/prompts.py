@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tunewise.workload.corpus import Corpus
+from tunewise.workload.own_text import last_answer
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,3 @@ def share_of_taught_ends(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max
         if len(ids) < max_length and marks.any()
     ]
     return sum(token in special for token in last) / len(last) if last else None
-
-
-def last_answer(marks: NDArray[np.bool_]) -> int:
-    """Return where the last run of supervised tokens begins; 0 when nothing is supervised."""
-    places = np.flatnonzero(marks)
-    if len(places) == 0:
-        return 0
-    unsupervised = np.flatnonzero(~marks[: places[-1]])
-    return int(unsupervised[-1]) + 1 if len(unsupervised) else 0

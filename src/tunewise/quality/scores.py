@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tunewise.engine.generate import Answer, Sampling, generate
 from tunewise.methods.method import Run
 from tunewise.quality.battery import Items
 from tunewise.quality.exceptional import contract_items
 from tunewise.quality.forgetting import general_losses
-from tunewise.quality.generate import Answer, Sampling, generate
 from tunewise.quality.losses import DocumentLosses, document_losses
 from tunewise.quality.material import Material
 from tunewise.quality.prompts import Prompt
 from tunewise.quality.suites import Subject, suite_named
+from tunewise.workload.corpus import Corpus
 
 BATTERY_QUESTIONS = 64
 
@@ -41,20 +42,25 @@ class Scores:
 
 def scores_of(run: Run, material: Material) -> Scores:
     """Measure the run's model as it stands; nothing of the run changes, its random state included."""
-    corpora = (material.validation, material.training, material.endings)
-    validation, training, endings = (
-        document_losses(run, corpus, range(len(corpus))) if len(corpus) else None for corpus in corpora
-    )
-    return Scores(
-        general=general_losses(run, material.general) if material.general is not None else None,
-        validation=validation,
-        training=training,
-        endings=endings,
+    return replace(
+        losses_of(run, material),
+        training=_losses(run, material.training),
+        endings=_losses(run, material.endings),
         answerable=_answers(run, material, material.answerable),
         unanswerable=_answers(run, material, material.unanswerable),
         contract=_contract(run, material),
         battery=_battery(run, material),
     )
+
+
+def losses_of(run: Run, material: Material) -> Scores:
+    """Measure only what tells the gain and what was forgotten: the losses on held-out documents and on general text."""
+    general = general_losses(run, material.general) if material.general is not None else None
+    return Scores(general, _losses(run, material.validation), None, None, (), ())
+
+
+def _losses(run: Run, corpus: Corpus) -> DocumentLosses | None:
+    return document_losses(run, corpus, range(len(corpus))) if len(corpus) else None
 
 
 def _contract(run: Run, material: Material) -> dict[str, Items]:

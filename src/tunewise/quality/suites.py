@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from tunewise.engine.generate import Answer, Progress, Sampling, generate
+from tunewise.engine.knowledge import CATEGORIES, few_shot_texts, slick
 from tunewise.errors import InputError, did_you_mean
 from tunewise.methods.method import Run
 from tunewise.quality.answers import answer_items, kind_of
@@ -14,9 +16,8 @@ from tunewise.quality.battery import Items
 from tunewise.quality.calibration import calibration_items
 from tunewise.quality.code import passes, program_of
 from tunewise.quality.exceptional import contract_cases, contract_items, read_contract
-from tunewise.quality.facts import CATEGORIES, GREEDY, NUM_PROMPTS, SAMPLED, category_of, few_shot_texts, is_right
+from tunewise.quality.facts import GREEDY, NUM_PROMPTS, NUM_SHOTS, SAMPLED, is_right
 from tunewise.quality.general_text import GeneralText, general_text
-from tunewise.quality.generate import Answer, Progress, Sampling, generate
 from tunewise.quality.lm_eval_tasks import LM_EVAL, lm_eval_suite
 from tunewise.quality.losses import document_losses, logit_chunks
 from tunewise.quality.metamorphic import consistency_items, pairs_of
@@ -25,7 +26,6 @@ from tunewise.quality.refusals import Refusals
 from tunewise.quality.sandbox import require_sandbox
 from tunewise.quality.tasks import (
     Score,
-    exact_match,
     json_match,
     json_valid,
     numeric_match,
@@ -37,7 +37,8 @@ from tunewise.quality.tasks import (
 )
 from tunewise.recipe import QualitySpec
 from tunewise.workload.corpus import Corpus
-from tunewise.workload.tokens import bos_ids, tokenize
+from tunewise.workload.matching import exact_match
+from tunewise.workload.tokens import tokenize
 
 GENERAL_TOKENS = 16384
 MAX_QUESTIONS = 200
@@ -144,21 +145,17 @@ def facts(subject: Subject) -> dict[str, Items]:
     """SliCK: which facts the model knows, maybe knows, weakly knows, does not know."""
     questions = [question for question in subject.questions("facts") if question.has_answer]
     refusals = Refusals(subject.spec.refusals)
-    texts = few_shot_texts(questions, questions)
-    room = max(1, subject.context - GREEDY.max_new_tokens)
-    bos = bos_ids(subject.tokenizer)
-    prompts = [
-        [*bos, *subject.tokenizer(text, add_special_tokens=False).input_ids[-max(1, room - len(bos)) :]]
-        for each in texts
-        for text in each
-    ]
-    rights: list[list[list[bool]]] = []
-    for sampling in (GREEDY, SAMPLED):
-        found = generate(subject.run, subject.tokenizer, prompts, sampling, subject.progress)
-        flat = [is_right(a.text, questions[n // NUM_PROMPTS], refusals) for n, some in enumerate(found) for a in some]
-        size = NUM_PROMPTS * sampling.num_samples
-        rights.append([flat[start : start + size] for start in range(0, len(flat), size)])
-    categories = [category_of(greedy, sampled) for greedy, sampled in zip(*rights, strict=True)]
+    shots = [(question.text, question.references[0]) for question in questions]
+    texts = few_shot_texts([question.text for question in questions], shots, NUM_PROMPTS, NUM_SHOTS)
+    categories = slick(
+        subject.run,
+        subject.tokenizer,
+        texts,
+        lambda number, said: is_right(said, questions[number], refusals),
+        (GREEDY, SAMPLED),
+        subject.context,
+        subject.progress,
+    )
     return {name: Items.of([category == name for category in categories], 0) for name in CATEGORIES}
 
 

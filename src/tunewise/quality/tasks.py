@@ -9,36 +9,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tunewise.errors import InputError
+from tunewise.workload.matching import normalised
 
 Score = Callable[[str, Sequence[str]], float]
 """From an answer and the right ones to 0 ... 1, the best over these."""
 
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
-
-
-def normalised(text: str) -> str:
-    """Return a text without case, punctuation, articles and needless blanks."""
-    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_PUNCTUATION)).split())
-
-
-def exact_match(answer: str, references: Sequence[str]) -> float:
-    """Return 1 when the normalised answer equals a right one."""
-    return float(any(normalised(answer) == normalised(reference) for reference in references))
-
-
-def contains(answer: str, references: Sequence[str]) -> float:
-    """Return 1 when a right answer stands in the answer as whole words."""
-    said = f" {normalised(answer)} "
-    return float(any(f" {wanted} " in said for reference in references if (wanted := normalised(reference))))
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:

@@ -10,10 +10,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tunewise.lab.cure_findings import CureFindings
 from tunewise.lab.findings import BatchFindings, Findings, MethodFindings
 from tunewise.report import numbers
+from tunewise.report.charts.cures import front
 from tunewise.report.sections.batch import verdict
-from tunewise.report.sections.ladder import added, loss_cell, noise_of, rungs, times_as_fast
+from tunewise.report.sections.cures import change_cell
+from tunewise.report.sections.ladder import added, loss_cell, noise_of, rungs, shows_forgetting, times_as_fast
 from tunewise.report.sections.missing import COMPLETE, no_batch, no_methods
 from tunewise.report.sections.quality import quality_words
 from tunewise.report.sections.search import cost_words
@@ -48,6 +51,8 @@ def show_findings(findings: Findings, report: Path | None = None, console: Conso
         said += quality_words(findings.quality)
     for sentence in said:
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+    if findings.cures is not None:
+        _show_cures(findings.cures, console)
     console.print()
     console.print("  [bold]again[/]   ", Text(findings.command), soft_wrap=True, sep="")
     if report is not None:
@@ -74,21 +79,55 @@ def _batch_table(batch: BatchFindings) -> Table:
     return table
 
 
+def _show_cures(cures: CureFindings, console: Console) -> None:
+    """Print what was tried on a refused model, with the front of gain against forgetting marked."""
+    for sentence in cures.sentences:
+        console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+    wanting = [cure for cure in cures.untried if not cure.is_needless]
+    if wanting:
+        console.print("  To try them:")
+    for cure in wanting:  # whole lines, to be copied
+        console.print(Text(f"    {cure.command}"), soft_wrap=True)
+    if not cures.points:
+        return
+    points = (cures.uncured, *cures.points)
+    on_front = {point.name for point in front(points)}
+    table = Table(title="\nCures", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("* on the front", ratio=1)
+    for name in ("gain, nats", "forgetting, nats"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", ratio=1)
+    for point in points:
+        gain, lost = change_cell(point.gain), change_cell(point.forgetting)
+        table.add_row(
+            escape(f"{'*' if point.name in on_front else ' '} {point.label}"),
+            f"{gain.text}\n{gain.under}".rstrip(),
+            f"{lost.text}\n{lost.under}".rstrip(),
+            escape(point.verdict),
+            style="bold green" if point.name == cures.chosen else None,
+        )
+    console.print(table)
+
+
 def _ladder_table(methods: MethodFindings, noise: float | None) -> Table:
     table = Table(title="\nMethods", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
     table.add_column("rung", ratio=1)
-    for name in ("step", "× baseline", "memory", "loss, nats"):
+    shows = shows_forgetting(methods)
+    for name in ("step", "× baseline", "memory", "loss, nats", *(["forgetting"] if shows else [])):
         table.add_column(name, justify="right", no_wrap=True)
     trials = rungs(methods)
     for before, trial in zip([None, *trials[:-1]], trials, strict=True):
         loss = loss_cell(trial.loss, noise)
-        spread = f" {loss.under}" if noise is not None else ""
+        spread, step = loss.under if noise is not None else "", numbers.seconds(trial.step_seconds)
+        forgotten = change_cell(trial.forgetting)
+        # With a column more, what qualifies a number goes under it.
         table.add_row(
             escape(added(trial, before)),
-            str(numbers.seconds(trial.step_seconds)),
+            f"{step.text}\n{step.interval}".rstrip() if shows else str(step),
             times_as_fast(trials[0].step_seconds, trial.step_seconds),
             numbers.num_bytes(trial.peak_tensor_bytes).text,
-            loss.text + spread,
+            (f"{loss.text}\n{spread}" if shows else f"{loss.text} {spread}").rstrip(),
+            *([f"{forgotten.text}\n{forgotten.under}".rstrip()] if shows else []),
             style="bold green" if trial.label == methods.chosen else None,
         )
     return table

@@ -124,6 +124,23 @@ class Corpus:
         return Corpus(token_ids, is_supervised, offsets, [self.origins[index] for index in wanted.tolist()])
 
     @staticmethod
+    def joined(first: Corpus, second: Corpus) -> Corpus:
+        """Return the documents of both, one after the other."""
+        token_ids, is_supervised, text = Growing(np.int32), Growing(np.bool_), Growing(np.uint8)
+        origins = [Origins.of(corpus.origins) for corpus in (first, second)]
+        for corpus, places in zip((first, second), origins, strict=True):
+            token_ids.add(corpus.token_ids)
+            is_supervised.add(corpus.is_supervised)
+            text.add(places.text)
+        one, other = (places.offsets for places in origins)
+        return Corpus(
+            token_ids=token_ids.array(),
+            is_supervised=is_supervised.array(),
+            offsets=np.concatenate((first.offsets, second.offsets[1:] + first.offsets[-1])),
+            origins=Origins(text.array(), np.concatenate((one, other[1:] + one[-1]))),
+        )
+
+    @staticmethod
     def from_documents(
         documents: Sequence[tuple[Sequence[int] | NDArray[np.int32], Sequence[bool] | NDArray[np.bool_]]],
         origins: Sequence[str],

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tunewise.workload.places import cache_folder
 
-LARGE_BYTES = 1 << 24
+LARGE_BYTES = 1 << 22
 """Arrays of more bytes than this lie in files."""
 
 BLOCK = 1 << 20

@@ -79,30 +79,42 @@ def _parts(chunks: Iterator[tuple[list[Record], int]], work: Work) -> Iterator[T
     head = next(chunks, None)
     if head is None:
         return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(work,)) as pool:
-        waiting: deque[tuple[tuple[list[Record], int], Future[Tokenized]]] = deque()
-        failure: BaseException | None = None
-        stream = itertools.chain([head], chunks)
-        while True:
-            while failure is None and len(waiting) < 2 * count:
-                try:
-                    each = next(stream, None)
-                except Exception as error:  # of reading: what stands before it comes first, with errors of its own
-                    failure = error
-                    break
-                if each is None:
-                    break
-                waiting.append((each, pool.submit(_run, *each)))
-            if not waiting:
-                break
-            given, future = waiting.popleft()
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,))
+    try:
+        yield from _parts_of_pool(pool, 2 * count, itertools.chain([head], chunks), work)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _parts_of_pool(
+    pool: ProcessPoolExecutor, most_waiting: int, chunks: Iterator[tuple[list[Record], int]], work: Work
+) -> Iterator[Tokenized]:
+    """Yield what the pool's processes make of each chunk; what they cannot do, because one was ended, is done here."""
+    waiting: deque[tuple[tuple[list[Record], int], Future[Tokenized] | None]] = deque()
+    failure: Exception | None = None
+    while True:
+        while failure is None and len(waiting) < most_waiting:
             try:
-                yield future.result()
-            except BrokenProcessPool:  # somebody ended a process: its work is done here
-                yield work(*given)
-        if failure is not None:
-            raise failure
+                chunk = next(chunks, None)
+            except Exception as error:  # of reading: what stands before it comes first, with errors of its own
+                failure = error
+                break
+            if chunk is None:
+                break
+            try:
+                waiting.append((chunk, pool.submit(_run, *chunk)))
+            except BrokenProcessPool:
+                waiting.append((chunk, None))
+        if not waiting:
+            break
+        given, future = waiting.popleft()
+        try:
+            part = work(*given) if future is None else future.result()
+        except BrokenProcessPool:
+            part = work(*given)
+        yield part
+    if failure is not None:
+        raise failure
 
 
 _work: Work | None = None

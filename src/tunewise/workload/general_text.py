@@ -79,7 +79,7 @@ def general_corpus(
             f"general text '{source}': it is too short to be divided into a part that is replayed and one that is "
             "measured. Bring more text, or use: default."
         )
-    return _first_tokens(whole, np.random.default_rng(seed).permutation(len(whole)), max_tokens)
+    return first_tokens(whole, np.random.default_rng(seed).permutation(len(whole)), max_tokens)
 
 
 def part_of(documents: Sequence[Document], use: Use) -> list[Document]:
@@ -109,14 +109,15 @@ def _enough(texts: Iterator[Record], max_tokens: int) -> Iterator[Record]:
             return
 
 
-def _first_tokens(corpus: Corpus, order: NDArray[np.int64], max_tokens: int) -> Corpus:
+def first_tokens(corpus: Corpus, order: NDArray[np.int64], max_tokens: int) -> Corpus:
     """Take documents in `order` until they hold `max_tokens` supervised tokens; the last one is cut to fit."""
     left, documents, origins = max_tokens, [], []
     for index in order:
         ids, marks = corpus.document(int(index))
         if left < 1:
             break
-        ids, marks = ids[: left + 1], marks[: left + 1]  # the first token of a document is no target
+        end = 2 + int(np.searchsorted(np.cumsum(marks[1:]), left))  # the first token of a document is no target
+        ids, marks = ids[:end], marks[:end]
         documents.append((ids, marks))
         origins.append(corpus.origins[int(index)])
         left -= int(marks[1:].sum())

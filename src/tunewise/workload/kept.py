@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import transformers
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tunewise.recipe import Recipe
@@ -120,7 +121,7 @@ def read(key: str) -> Diagnosed | None:
     try:
         content = json.loads((entry / "data.json").read_text(encoding="utf-8"))
         os.utime(entry)
-        train, validation = (_corpus(entry, name, content[name]) for name in ("train", "validation"))
+        train, validation = (load_corpus(entry, name, content[name]) for name in ("train", "validation"))
         findings = tuple(Finding(**{**each, "origins": tuple(each["origins"])}) for each in content["findings"])
         statistics = {**content["statistics"]}
         statistics["length_quantiles"] = tuple(map(tuple, statistics["length_quantiles"]))
@@ -130,10 +131,21 @@ def read(key: str) -> Diagnosed | None:
         return None
 
 
-def _corpus(entry: Path, name: str, about: Mapping[str, Any]) -> Corpus:
+def load_corpus(folder: Path, name: str, about: Mapping[str, Any]) -> Corpus:
+    """Return what `save_corpus` wrote; its arrays stay on disk until they are looked at.
+
+    Args:
+        folder: where it was written.
+        name: under which it was written.
+        about: what `save_corpus` returned.
+
+    Raises:
+        OSError, ValueError: files are missing or damaged.
+        KeyError: `about` is something else.
+    """
     arrays = {}
     for array in _ARRAYS:
-        file = entry / f"{name}.{array}.npy"
+        file = folder / f"{name}.{array}.npy"
         count = about["sizes"][array]
         found = np.load(file, mmap_mode="r" if count else None, allow_pickle=False)
         if found.shape != (count,):
@@ -151,11 +163,9 @@ def write(key: str, data: Diagnosed) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder, suffix=".part"))
-        about = {
-            name: _save(corpus, made, name) for name, corpus in (("train", data.train), ("validation", data.validation))
-        }
         content = {
-            **about,
+            "train": save_corpus(data.train, made, "train"),
+            "validation": save_corpus(data.validation, made, "validation"),
             "findings": [asdict(finding) for finding in data.diagnosis.findings],
             "statistics": asdict(data.diagnosis.statistics),
             "said": data.said,
@@ -171,9 +181,14 @@ def write(key: str, data: Diagnosed) -> None:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _save(corpus: Corpus, folder: Path, name: str) -> dict[str, Any]:
+def save_corpus(corpus: Corpus, folder: Path, name: str) -> dict[str, Any]:
+    """Write a corpus as flat arrays under names that begin with `name`; return what `load_corpus` must be told.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     origins = Origins.of(corpus.origins)
-    arrays = (
+    arrays: tuple[NDArray[Any], ...] = (
         corpus.token_ids, corpus.is_supervised, corpus.offsets, corpus.num_supervised, origins.text, origins.offsets,
     )  # fmt: skip
     for array, content in zip(_ARRAYS, arrays, strict=True):

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from tunewise.errors import InputError
 from tunewise.recipe import DataSpec, Recipe
 from tunewise.workload import kept
+from tunewise.workload.abstention import abstaining
+from tunewise.workload.base_voice import BaseVoice, asked
 from tunewise.workload.conversation import Conversation, Document
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.detection import find_mapping
@@ -71,7 +73,13 @@ def resolved_too_long(recipe: Recipe) -> TooLong:
     return recipe.data.too_long or ("cut" if recipe.objective == "sft" else "split")
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    vocab_size: int,
+    base: BaseVoice | None = None,
+) -> Prepared:
     """Read, convert, tokenize, split and examine the recipe's data.
 
     Args:
@@ -79,11 +87,15 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: 
         tokenizer: the model's fast tokenizer.
         context_length: the most positions that the model knows.
         vocab_size: rows of the model's embedding.
+        base: the base model, for recipes whose data ask it; None where none is there to be asked.
 
     Raises:
-        InputError: the data cannot be read or converted, or the doctor finds an error; all errors are listed.
+        InputError: the data cannot be read or converted, the doctor finds an error (all errors are listed), or the
+            base must be asked and there is none.
     """
-    found = diagnose(recipe, tokenizer, context_length, vocab_size)
+    if recipe.data.abstain is not None:
+        asked(base, "data.abstain")
+    found = diagnose(recipe, tokenizer, context_length, vocab_size, base)
     diagnosis, said = found.diagnosis, found.said
     if diagnosis.errors:
         listed = "\n".join(f"  {finding}" for finding in diagnosis.errors)
@@ -93,7 +105,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: 
     max_length = recipe.data.max_length or default_max_length(context_length)
     learnt, replayed = found.train, ""
     if recipe.data.replay is not None:
-        mixed = mix(learnt, recipe.data.replay, tokenizer, max_length, recipe.seed)
+        mixed = mix(learnt, recipe.data.replay, tokenizer, max_length, recipe.seed, base)
         learnt, replayed = mixed.corpus, mixed.said
         said.append(replayed)
     general = _measured_text(recipe, tokenizer, max_length, said)
@@ -126,8 +138,17 @@ def _measured_text(
     return found
 
 
-def diagnose(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int) -> Diagnosed:
-    """Do the work of `prepare`, without refusing what the doctor finds wrong; or take up what was done before."""
+def diagnose(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    vocab_size: int,
+    base: BaseVoice | None = None,
+) -> Diagnosed:
+    """Do the work of `prepare`, without refusing what the doctor finds wrong; or take up what was done before.
+
+    Without a base to be asked the data are examined as they are before `data.abstain` changes them.
+    """
     data = recipe.data
     if data.max_length is not None and data.max_length > context_length:
         raise InputError(
@@ -136,31 +157,40 @@ def diagnose(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length:
         )
     max_length = data.max_length or default_max_length(context_length)
     more = {"max_length": max_length, "too_long": resolved_too_long(recipe), "vocab_size": vocab_size}
-    key = kept.key_of(recipe, tokenizer, more)
+    # What the base answers is kept apart (`engine.asking`); data that depend on it are made anew.
+    key = None if recipe.data.abstain is not None else kept.key_of(recipe, tokenizer, more)
     known = None if key is None else kept.read(key)
     if known is not None:
         return known
     started = time.perf_counter()
-    made = _diagnosed(recipe, tokenizer, max_length, vocab_size)
+    made = _diagnosed(recipe, tokenizer, max_length, vocab_size, base)
     if key is not None and time.perf_counter() - started > kept.WORTH_SECONDS:
         kept.write(key, made)
         return kept.read(key) or made  # from now on the arrays are the kept ones, and those in memory are freed
     return made
 
 
-def _diagnosed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int) -> Diagnosed:
+def _diagnosed(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int,
+    base: BaseVoice | None = None,
+) -> Diagnosed:
     """Read, convert, tokenize, split and examine."""
     data = recipe.data
     said: list[str] = []
-    whole = _tokenized(recipe, _source(recipe, "train"), data.source, tokenizer, max_length, said)
+    whole = _tokenized(recipe, _source(recipe, "train"), data.source, tokenizer, max_length, said, base)
     if data.source == STDLIB and data.validation is None and data.validation_fraction > 0:
         train = whole
-        validation = _tokenized(recipe, _source(recipe, "validation"), "stdlib (held out)", tokenizer, max_length, said)
+        validation = _tokenized(
+            recipe, _source(recipe, "validation"), "stdlib (held out)", tokenizer, max_length, said, base
+        )
         validation = _without_leaks(train, validation, said)
     elif data.validation is not None:
         train = whole
         records = read_records(data.validation)
-        validation = _tokenized(recipe, records, data.validation, tokenizer, max_length, said)
+        validation = _tokenized(recipe, records, data.validation, tokenizer, max_length, said, base)
     else:
         train, validation = _split(whole, recipe, said)
     said.append(f"training: {statistics_of(train)}")
@@ -190,6 +220,7 @@ def _tokenized(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     said: list[str],
+    base: BaseVoice | None,
 ) -> Tokenized:
     sample = list(itertools.islice(records, _SAMPLE_RECORDS))
     if not sample:
@@ -200,10 +231,10 @@ def _tokenized(
     if mapping.format != "text" and layout not in said:
         said.append(layout)
 
-    def work(chunk: Sequence[Record], first: int) -> Tokenized:
+    def make(documents: Iterator[Document], first: int) -> Tokenized:
         tally = Tally()
         return tokenize(
-            checked(_documents(iter(chunk), mapping, recipe.data), tokenizer, tally),
+            checked(documents, tokenizer, tally),
             tokenizer,
             objective=recipe.objective,
             max_length=max_length,
@@ -212,7 +243,17 @@ def _tokenized(
             first_record=first,
         )
 
-    return tokenized(itertools.chain(sample, records), work)
+    everything = itertools.chain(sample, records)
+    if recipe.data.abstain is not None and base is not None:  # the base is asked once, of all of them, by this process
+        documents = list(_documents(everything, mapping, recipe.data))
+        changed, what = abstaining(documents, recipe.data.abstain, tokenizer, base, recipe.seed)
+        said.append(what)
+        return make(iter(changed), 0)
+
+    def work(chunk: Sequence[Record], first: int) -> Tokenized:
+        return make(_documents(iter(chunk), mapping, recipe.data), first)
+
+    return tokenized(everything, work)
 
 
 def _documents(records: Iterator[Record], mapping: FieldMapping, data: DataSpec) -> Iterator[Document]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tunewise.errors import InputError
-from tunewise.recipe import ReplaySpec
+from tunewise.recipe import OWN_SOURCES, ReplaySpec
+from tunewise.workload.base_voice import BaseVoice
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.general_text import general_corpus
+from tunewise.workload.own_text import own_corpus
 
 SHORTEST_PIECE = 16
 
@@ -36,39 +37,49 @@ class Mixed:
     said: str
 
 
-def mix(train: Corpus, replay: ReplaySpec, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Mixed:
+def mix(
+    train: Corpus,
+    replay: ReplaySpec,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+    base: BaseVoice | None = None,
+) -> Mixed:
     """Add so much general text that it makes up `replay.fraction` of all supervised tokens, to the token.
 
     The text comes in pieces as long as a training document is on average: so a little of it is spread over many steps,
     and neither padding nor memory changes. Equal seeds give equal pieces.
 
+    Args:
+        train: the user's documents.
+        replay: how much, and of what.
+        tokenizer: the model's.
+        max_length: of a document.
+        seed: of what is drawn.
+        base: the base model, where its own text is replayed.
+
     Raises:
-        InputError: the general text cannot be read, or there is not enough of it.
+        InputError: the general text cannot be read, or there is not enough of it, or no base to ask for its own.
     """
-    own = int(train.is_supervised.sum())
+    own = int(train.num_supervised.sum())
     wanted = max(1, round(own * replay.fraction / (1 - replay.fraction)))
     piece = min(max_length, max(SHORTEST_PIECE, round(float(train.lengths.mean()))))
-    general = general_corpus(
-        replay.source, "replayed", tokenizer, max_length=piece, max_tokens=wanted, seed=seed ^ 0x5EED
-    )
+    drawn = seed ^ 0x5EED
+    if replay.source in OWN_SOURCES:
+        general = own_corpus(
+            train, replay, base, piece=piece, num_tokens=wanted, max_length=max_length, seed=drawn % 2**32
+        )
+    else:
+        general = general_corpus(replay.source, "replayed", tokenizer, max_length=piece, max_tokens=wanted, seed=drawn)
     found = int(general.is_supervised.sum())
     if found < wanted:
         raise InputError(
             f"data.replay: {replay.fraction:.0%} of the training are {wanted:,} tokens of general text, and "
             f"'{replay.source}' has only {found:,} that may be replayed. Bring more text, or a smaller fraction."
         )
+    kind = "the base's own text" if replay.source in OWN_SOURCES else "general text"
     said = (
-        f"replay: {len(general)} pieces of general text ('{replay.source}'), {found:,} of {own + found:,} supervised "
+        f"replay: {len(general)} pieces of {kind} ('{replay.source}'), {found:,} of {own + found:,} supervised "
         f"tokens ({found / (own + found):.1%})"
     )
-    return Mixed(joined(train, general), len(general), found, said)
-
-
-def joined(first: Corpus, second: Corpus) -> Corpus:
-    """Return the documents of both, one after the other."""
-    return Corpus(
-        token_ids=np.concatenate((first.token_ids, second.token_ids)),
-        is_supervised=np.concatenate((first.is_supervised, second.is_supervised)),
-        offsets=np.concatenate((first.offsets, second.offsets[1:] + first.offsets[-1])),
-        origins=[*first.origins, *second.origins],
-    )
+    return Mixed(Corpus.joined(train, general), len(general), found, said)

@@ -40,7 +40,7 @@ def split(group_keys: NDArray[np.uint64], fraction: float, seed: int) -> tuple[N
             "Bring more records, name a file with data.validation, set data.validation_fraction: 0, "
             "or (one long text) data.too_long: split."
         )
-    ranks = np.array([_rank(int(key), seed) for key in keys], dtype=np.uint64)
+    ranks = np.fromiter((_rank(int(key), seed) for key in keys), dtype=np.uint64, count=len(keys))
     order = np.lexsort((keys, ranks))
     room = min(max(1, round(fraction * len(group_keys))), len(group_keys) - 1)
     chosen = np.zeros(len(keys), dtype=np.bool_)

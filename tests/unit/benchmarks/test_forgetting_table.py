@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import pytest
+from benchmarks.quality.forgetting_plot import write
 from benchmarks.quality.forgetting_table import summary, table
+
+from tunewise.report.charts.svg import Mark, Plot, Series, draw
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def run(arm: str, seed: int, gain: float, forgetting: float) -> dict[str, Any]:
@@ -56,3 +64,45 @@ def test_the_table_has_every_arm_and_its_verdict() -> None:
     assert "50% | 95%" in printed
     assert printed.count("as published") == 2
     assert printed.count("not so") == 1
+
+
+SOUP = {"kind": "soup", "world": "w", "arm": "average of the seeds", "seed": 0, "losses": [3.4, 2.5], "lost": 0.2}
+FIGURES = summary([*ROWS, sweep([3.0, 2.4, 2.2, 2.1], [2.0, 2.1, 2.3, 2.8]), SOUP])
+
+
+def test_the_pictures_show_every_arm_with_its_published_direction(tmp_path: Path) -> None:
+    arms, swept = write(FIGURES, tmp_path)
+    assert [file.name for file in (arms, swept)] == ["forgetting-w-arms.svg", "forgetting-w-sweep.svg"]
+    texts = {
+        file: [element.text or "" for element in ElementTree.parse(file).iter(f"{SVG}text")] for file in (arms, swept)
+    }
+    for number, (name, arm) in enumerate(FIGURES["w"]["arms"].items(), 1):
+        (place,) = [n for n, text in enumerate(texts[arms]) if text.startswith(f"{number}  {name}: ")]
+        assert texts[arms][place + 1][:30] == arm["published"][:30]
+        assert texts[arms][place + 2] == {True: "here: as published", False: "here: not so"}[arm["agrees"]]
+        assert str(number) in texts[arms]
+    assert "here: as published" in texts[swept]
+    assert "task loss: convex" in texts[swept]
+    assert any(text.startswith("at 0.75: 89% of the gain kept, 6") for text in texts[swept])
+
+
+def test_marks_and_error_bars_lie_where_the_numbers_say(tmp_path: Path) -> None:
+    arms, swept = write(FIGURES, tmp_path)
+    circles = [c for c in ElementTree.parse(arms).iter(f"{SVG}circle") if float(c.get("cx", 0)) < 460]
+    gains = [arm["gain"]["mean"] for arm in FIGURES["w"]["arms"].values()] + [FIGURES["w"]["average"]["gain"]]
+    heights = [float(circle.get("cy", 0)) for circle in circles]
+    assert len(circles) == len(gains)
+    order = sorted(range(len(gains)), key=lambda n: gains[n])
+    assert [heights[n] for n in order] == sorted(heights, reverse=True), "up is more"
+    scale = (heights[0] - heights[1]) / (gains[0] - gains[1])
+    assert heights[2] - heights[0] == pytest.approx(scale * (gains[2] - gains[0]), abs=0.2), "linear"
+    lines = [line.get("points", "") for line in ElementTree.parse(swept).iter(f"{SVG}polyline")]
+    assert [len(points.split()) for points in lines] == [4, 4]
+
+
+def test_nothing_is_drawn_of_nothing() -> None:
+    with pytest.raises(ValueError, match="needs marks"):
+        draw(Plot("", "", "", ()))
+    with pytest.raises(ValueError, match="finite"):
+        draw(Plot("", "", "", (Series("s", (Mark(float("nan"), 1.0),)),)))
+    assert "<script>" not in draw(Plot("<script>", "", "", (Series("s", (Mark(0.0, 1.0, "<script>"),)),)))

@@ -21,6 +21,7 @@ from tunewise.machine.machine import Machine
 from tunewise.methods import Fused, complete
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.planner.predict import Predictor
+from tunewise.quality.measured import Measured
 from tunewise.recipe import BatchSpec, Recipe
 
 EFFECT = {  # on time, on memory
@@ -67,12 +68,15 @@ class Formula:
     effects: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(EFFECT))
     synergy: dict[On, float] = field(default_factory=dict)
     broken: dict[str, Any] = field(default_factory=dict)
+    forgotten: dict[str, float] = field(default_factory=dict)
     asked: list[On] = field(default_factory=list)
+    measured_forgetting: list[bool] = field(default_factory=list)
     spent: dict[str, Spent] = field(default_factory=dict)
 
     def run(self, study: str, trial: Trial, *, params: dict[str, bool], role: str, expected_seconds: float) -> Any:
         on = frozenset(name for name, is_on in params.items() if is_on)
         self.asked.append(on)
+        self.measured_forgetting.append(trial.measures_forgetting)
         account = self.spent.setdefault(study, Spent())
         account.num_trials += 1
         account.seconds += 1.0
@@ -84,11 +88,14 @@ class Formula:
         peak = 1e9 * math.prod((self.effects[name][1] for name in on), start=1.0)
         wrong = max((error for name, error in self.broken.items() if name in on), default=0.0)
         learning = "lora" if "lora" in on else "full"
+        lost = sum(self.forgotten.get(name, 0.0) for name in on)
+        forgetting = Measured(middle=lost, low=lost - 0.01, high=lost + 0.01, noise_floor=0.01, num=16)
         return Measurement(
             step_seconds=Interval(middle=seconds, low=0.98 * seconds, high=1.02 * seconds),
             tokens_per_second=Interval(middle=1000 / seconds, low=980 / seconds, high=1020 / seconds),
             peak_tensor_bytes=int(peak),
             loss=2.0 - 0.1 * ("lora" in on),
+            forgetting=forgetting if trial.measures_forgetting else None,
             gate=Gate(loss=2.0, norm=1.0, sketch=(1.0, wrong), trainable=learning),
         )
 
@@ -106,7 +113,7 @@ def space_of(recipe: Recipe) -> FactorSpace:
 
 def study(recipe: Recipe | None = None, *, budget: float = 1000.0, limit: float = 1e12, **changes: Any) -> MethodStudy:
     space = space_of(recipe or base_recipe())
-    wishes = {name: changes.pop(name) for name in ("wanted", "unwanted") if name in changes}
+    wishes = {name: changes.pop(name) for name in ("wanted", "unwanted", "max_forgetting") if name in changes}
     laboratory = Formula(space, **changes)
     return MethodStudy(cast(Laboratory, laboratory), space, int(limit), budget, 0.5, **wishes)
 
@@ -302,3 +309,34 @@ def test_the_report_has_every_trial() -> None:
     assert findings.chosen in {trial.label for trial in findings.trials}
     assert findings.front
     assert findings.sentences
+
+
+def test_what_wins_time_by_forgetting_does_not_win() -> None:
+    """bf16 is made the fastest and the most forgetful; without a budget it wins, with one it does not."""
+    forgotten = {"bf16": 0.08, "packing": 0.03}
+    free = run(forgotten=forgotten)
+    assert "bf16" in free.winner, "nobody asked"
+    kept = run(forgotten=forgotten, max_forgetting=0.05)
+    assert kept.winner == free.winner - {"bf16"}
+    findings = method_findings(kept)
+    said = [reason for label, reason in findings.excluded if "bf16" in label]
+    assert any("forgets 0.110 nats in 5 steps, over the budget of 0.05" in reason for reason in said)
+    chosen = next(trial for trial in findings.trials if trial.label == findings.chosen)
+    assert chosen.forgetting is not None
+    assert (chosen.forgetting.middle, chosen.forgetting.low) == pytest.approx((0.03, 0.02))
+    assert not [label for label in findings.front if "bf16" in label]
+
+
+def test_where_all_forget_too_much_the_fastest_wins_and_it_is_said() -> None:
+    done = run(forgotten={"lora": 0.2}, max_forgetting=0.05)
+    assert done.winner == run().winner
+    assert any("No combination" in said for said in method_findings(done).sentences)
+
+
+def test_forgetting_is_measured_once_a_combination_and_only_when_asked() -> None:
+    assert not any(cast(Formula, run().laboratory).measured_forgetting)
+    laboratory = cast(Formula, run(max_forgetting=0.05).laboratory)
+    by_combination: dict[On, list[bool]] = {}
+    for on, did in zip(laboratory.asked, laboratory.measured_forgetting, strict=True):
+        by_combination.setdefault(on, []).append(did)
+    assert all(did[0] and not any(did[1:]) for did in by_combination.values())

@@ -13,7 +13,7 @@ from tests.unit.random_recipes import recipes
 from tunewise.errors import InputError
 from tunewise.layers import native
 from tunewise.methods import Fused, Packing, Precision, complete
-from tunewise.methods.defaults import choose_device, complete_intervals, kernels_suit
+from tunewise.methods.defaults import choose_device, complete_intervals, default_kernels
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.recipe import Recipe, Slot
 
@@ -105,8 +105,14 @@ def test_compiled_kernels_are_for_known_models_on_a_cpu() -> None:
     class OfAModelsOwnCode(LlamaConfig):
         pass
 
-    assert kernels_suit([], LlamaConfig(), CPU)
-    assert not kernels_suit([], OfAModelsOwnCode(), CPU)
+    assert default_kernels([], LlamaConfig(), CPU) is not None
+    assert default_kernels([], OfAModelsOwnCode(), CPU) is None
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_attention_in_fp32_is_left_to_torch() -> None:
+    for compute, with_attention in (("bf16", True), ("fp32", False)):
+        assert completed(methods={"precision": {"compute": compute}}).get(Fused) == Fused(attention=with_attention)
 
 
 def test_without_a_compiler_the_default_is_not_taken_and_a_wish_stays(monkeypatch: pytest.MonkeyPatch) -> None:

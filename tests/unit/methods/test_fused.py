@@ -214,7 +214,7 @@ def test_without_a_compiler_a_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 def test_a_training_without_the_default_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = recipe_over(save_model(tmp_path / "model"), write_records(tmp_path / "records.jsonl"))
     fast = settle(recipe_from_mapping(recipe))
-    assert fast.recipe.get(Fused) == Fused()
+    assert fast.recipe.get(Fused) is not None
     assert not any("without the compiled kernels" in note for note in assemble(fast).notes)
     monkeypatch.setattr(native, "why_not", lambda: "there is no compiler")
     slow = settle(recipe_from_mapping(recipe))

@@ -16,6 +16,7 @@ from tunewise.methods.bottleneck import BottleneckAdapter
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.initialization import Initialize
 from tunewise.methods.lora import LoRA
+from tunewise.methods.quantization import Quantize
 from tunewise.recipe import ModelSpec
 
 OUTPUTS, INPUTS = 300, 200
@@ -93,7 +94,7 @@ def test_pretrained_weights_are_not_destroyed() -> None:
 
 def test_an_adapter_would_be_saved_without_the_base_that_was_drawn() -> None:
     recipe = make_recipe().replace(model=ModelSpec(name="tiny", weights="random"))
-    for adapter in (LoRA(), BottleneckAdapter()):
+    for adapter in (LoRA(), BottleneckAdapter(), Quantize()):
         problem = Initialize().conflict(recipe.replace(methods=(Initialize(), adapter)))
         assert problem is not None
         assert adapter.name in problem

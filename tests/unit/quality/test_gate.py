@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from tunewise.engine.generate import Answer
 from tunewise.quality.gate import Context, judge
 from tunewise.quality.general_text import GeneralText
-from tunewise.quality.generate import Answer
 from tunewise.quality.losses import DocumentLosses
 from tunewise.quality.material import Material
 from tunewise.quality.prompts import Prompt, endings_of, prompts_of, share_of_taught_ends

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from tests.unit.tiny_runs import recipe_over, save_model, write_records
 from tunewise.engine.assemble import Plan, assemble, settle
 from tunewise.engine.evaluate import validation_loss
+from tunewise.engine.generate import Sampling, generate
 from tunewise.errors import Conflict
 from tunewise.layers.head import base_model_of
 from tunewise.methods.method import Run
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.quality.base import adapter_off
 from tunewise.quality.forgetting import change_of, drift
-from tunewise.quality.generate import Sampling, generate
 from tunewise.quality.losses import document_losses
 from tunewise.quality.prompts import prompts_of
 

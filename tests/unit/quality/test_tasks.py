@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tunewise.engine.knowledge import Category, category_of
 from tunewise.errors import InputError
 from tunewise.quality.answers import abstention_f1, accuracy_at_coverage, answer_items, kind_of
 from tunewise.quality.battery import Items, compare
 from tunewise.quality.code import pass_at_k, passes, program_of
-from tunewise.quality.facts import Category, category_of, facts_of
+from tunewise.quality.facts import facts_of
 from tunewise.quality.refusals import Refusals
 from tunewise.quality.tasks import (
     code_of,
-    exact_match,
     json_match,
     json_valid,
     last_number,
@@ -26,6 +26,7 @@ from tunewise.quality.tasks import (
     token_f1,
     user_score,
 )
+from tunewise.workload.matching import exact_match
 
 
 def test_exact_match_and_f1_are_squads() -> None:

@@ -14,7 +14,7 @@ from tunewise.workload import flat
 from tunewise.workload.corpus import Corpus, Origins
 
 
-@pytest.fixture(params=[1 << 24, 0], ids=["memory", "file"])
+@pytest.fixture(params=[flat.LARGE_BYTES, 0], ids=["memory", "file"])
 def _where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("TUNEWISE_CACHE", str(tmp_path))
     monkeypatch.setattr(flat, "LARGE_BYTES", request.param)
@@ -72,3 +72,15 @@ def test_a_fingerprint_does_not_depend_on_the_pieces_it_is_made_of() -> None:
     for array in (corpus.token_ids, np.packbits(corpus.is_supervised), corpus.offsets):
         plain.update(array.tobytes())
     assert corpus.fingerprint == plain.hexdigest()[:16]
+
+
+@pytest.mark.usefixtures("_where")
+def test_joined_corpora_are_the_documents_of_both() -> None:
+    ids = np.arange(1, 9, dtype=np.int32)
+    one = Corpus.from_documents([(ids[:3], ids[:3] > 1), (ids, ids % 2 == 0)], ["a:1", "a:2"])
+    other = Corpus.from_documents([(ids[2:], ids[2:] > 4)], ["b:1"])
+    whole = Corpus.joined(one, other)
+    plain = Corpus.from_documents([*(one.document(i) for i in range(2)), other.document(0)], ["a:1", "a:2", "b:1"])
+    assert list(whole.origins) == plain.origins
+    assert whole.fingerprint == plain.fingerprint
+    assert whole.num_supervised.tolist() == plain.num_supervised.tolist()

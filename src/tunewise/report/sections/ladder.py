@@ -7,6 +7,7 @@ from tunewise.lab.outcome import Interval
 from tunewise.report import numbers
 from tunewise.report.blocks import Block, Cell, Column, Note, Row, Section, Table, Tone, Words, bars, exactly
 from tunewise.report.charts.methods import QUALITIES, fidelity, fronts, pareto
+from tunewise.report.sections.cures import change_cell
 
 
 def ladder_section(methods: MethodFindings, noise: float | None) -> Section:
@@ -53,6 +54,15 @@ def in_words(methods: MethodFindings, trial: MethodTrial, before: MethodTrial | 
     return ", ".join(f"{factor.off} → {factor.on}" for factor in methods.factors if factor.name in new)
 
 
+FORGETTING = Column("Forgetting", "nats, 95 %")
+"""Beside the speed: the rise of the loss on general text over a trial's steps."""
+
+
+def shows_forgetting(methods: MethodFindings) -> bool:
+    """Tell whether any trial measured forgetting."""
+    return any(trial.forgetting is not None for trial in methods.trials)
+
+
 def loss_cell(loss: float | None, noise: float | None) -> Cell:
     """Print a loss with twice the noise between seeds, where that is known."""
     if loss is None:
@@ -65,6 +75,7 @@ def ladder_table(methods: MethodFindings, noise: float | None) -> Table:
     trials = rungs(methods)
     times = bars([trial.step_seconds for trial in trials])
     sizes = bars([exactly(trial.peak_tensor_bytes) for trial in trials])
+    shows = shows_forgetting(methods)
     rows = []
     for index, trial in enumerate(trials):
         before = trials[index - 1] if index else None
@@ -77,6 +88,7 @@ def ladder_table(methods: MethodFindings, noise: float | None) -> Table:
             Cell.of(numbers.num_bytes(trial.peak_tensor_bytes), sizes[index], tone),
             Cell(_share(trials[0].peak_tensor_bytes, trial.peak_tensor_bytes)),
             loss_cell(trial.loss, noise),
+            *([change_cell(trial.forgetting)] if shows else []),
         )
         rows.append(Row(cells, trial.label == methods.chosen))
     columns = (
@@ -86,6 +98,7 @@ def ladder_table(methods: MethodFindings, noise: float | None) -> Table:
         Column("Peak memory"),
         Column("Memory", "% of baseline", is_extra=True),
         Column("Loss", "nats"),
+        *([FORGETTING] if shows else []),
     )
     return Table("One method after the other", columns, tuple(rows), _ladder_foot(trials, noise))
 
@@ -95,6 +108,8 @@ def _ladder_foot(trials: list[MethodTrial], noise: float | None) -> str:
         "Every rung learns from the same global batches. Times are medians, with their spread over steps and repeats; "
         "memory is the most that tensors took in the worst batch, with update and evaluation. "
     )
+    if any(trial.forgetting is not None for trial in trials):
+        said += "Forgetting is what the loss on general text rose by over these few steps; a whole training has more. "
     losses = [trial.loss for trial in trials if trial.loss is not None]
     if not losses:
         return said + "There is no validation loss, so equal quality is not shown here."
@@ -119,6 +134,7 @@ def _share(first: int | None, now: int | None) -> str:
 def front_table(methods: MethodFindings, noise: float | None) -> Table:
     """Return the members of the front, numbered as in the chart."""
     promises = {name: words for name, words, *_ in QUALITIES}
+    shows = shows_forgetting(methods)
     rows = tuple(
         Row(
             (
@@ -127,6 +143,7 @@ def front_table(methods: MethodFindings, noise: float | None) -> Table:
                 Cell.of(numbers.rate(trial.tokens_per_second, "")),
                 Cell.of(numbers.num_bytes(trial.peak_tensor_bytes)),
                 loss_cell(trial.loss, noise),
+                *([change_cell(trial.forgetting)] if shows else []),
                 Cell(promises[fidelity(methods, trial)]),
             ),
             trial.label == methods.chosen,
@@ -139,6 +156,7 @@ def front_table(methods: MethodFindings, noise: float | None) -> Table:
         Column("Speed", "tokens/s", is_extra=True),
         Column("Peak memory"),
         Column("Loss", "nats"),
+        *([FORGETTING] if shows else []),
         Column("Promise", is_number=False),
     )
     return Table("What no other combination beats", columns, rows)
@@ -146,6 +164,7 @@ def front_table(methods: MethodFindings, noise: float | None) -> Table:
 
 def trial_table(methods: MethodFindings) -> Table:
     """Return every combination, predicted and measured, with the numerical gate."""
+    shows = shows_forgetting(methods)
     rows = tuple(
         Row(
             (
@@ -156,6 +175,7 @@ def trial_table(methods: MethodFindings) -> Table:
                 Cell.of(numbers.num_bytes(trial.predicted_peak_bytes)),
                 Cell.of(numbers.num_bytes(trial.peak_tensor_bytes)),
                 Cell(numbers.nats(trial.loss).text),
+                *([change_cell(trial.forgetting)] if shows else []),
                 gate_cell(trial),
                 Cell(trial.outcome if trial.outcome != "measured" else f"{trial.repeats} times"),
             ),
@@ -171,6 +191,7 @@ def trial_table(methods: MethodFindings) -> Table:
         Column("Peak", "predicted"),
         Column("Peak", "measured"),
         Column("Loss", "nats"),
+        *([FORGETTING] if shows else []),
         Column("Gradient differs by", "relative"),
         Column("Measured", is_number=False),
     )

@@ -7,6 +7,7 @@ from tunewise.quality.measured import Measured
 from tunewise.quality.verdict import Check, QualityReport
 from tunewise.report.blocks import Block, Cell, Column, Note, Row, Section, Table, Tone, Words
 from tunewise.report.numbers import NOTHING, significant
+from tunewise.report.sections.cures import cure_blocks
 from tunewise.report.sections.missing import no_training
 
 TITLE = "Is the result good?"
@@ -24,6 +25,8 @@ def quality_section(findings: Findings) -> Section:
         blocks = (missing,)
     else:
         blocks = (Words(quality_words(findings.quality)), quality_table(findings.quality))
+    if findings.cures is not None:
+        blocks += cure_blocks(findings.cures)
     return Section("quality", TITLE, "Quality", blocks)
 
 

@@ -33,12 +33,14 @@ def training_section(findings: Findings) -> Section:
 
 def confirmation_table(found: Confirmation) -> Table:
     """Return winner and runner-up side by side."""
-    rows = [_contender("winner", found.winner, is_chosen=True)]
+    shows = found.winner.forgetting is not None
+    rows = [_contender("winner", found.winner, is_chosen=True, shows_forgetting=shows)]
     if found.runner_up is not None:
-        rows.append(_contender("runner-up", found.runner_up, is_chosen=False))
+        rows.append(_contender("runner-up", found.runner_up, is_chosen=False, shows_forgetting=shows))
     columns = (
         Column("Recipe", is_number=False),
         Column("Loss", "nats, 95 %"),
+        *([Column("Forgetting", "nats, 95 %")] if shows else []),
         Column("Time of a step"),
         Column("Speed", "tokens/s", is_extra=True),
         Column("Peak memory"),
@@ -49,10 +51,11 @@ def confirmation_table(found: Confirmation) -> Table:
     return Table("Winner against runner-up", columns, tuple(rows), foot)
 
 
-def _contender(role: str, each: Contender, is_chosen: bool) -> Row:
+def _contender(role: str, each: Contender, *, is_chosen: bool, shows_forgetting: bool) -> Row:
     cells = (
         Cell(each.label, role),
         Cell.of(numbers.nats(each.loss)),
+        *([Cell.of(numbers.nats(each.forgetting))] if shows_forgetting else []),
         Cell.of(numbers.seconds(each.step_seconds)),
         Cell.of(numbers.rate(each.tokens_per_second, "")),
         Cell(numbers.num_bytes(each.peak_tensor_bytes).text),

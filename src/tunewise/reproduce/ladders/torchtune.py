@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.ladders.ladder import Ladder, Published, Row, Whole
+from tunewise.reproduce.ladders.ladder import Ladder, Published, Row, Whole
 
 SMALL = {
     "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.ladders.ladder import Ladder, Published, Row, Whole
+from tunewise.reproduce.ladders.ladder import Ladder, Published, Row, Whole
 
 CONTEXT_MB = 1343
 

@@ -42,11 +42,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text without the token that ended it, and whether it ended by itself."""
+    """One answer: its text without the token that ended it, whether it ended by itself, and its tokens with the end."""
 
     text: str
     ended: bool
     num_tokens: int
+    ids: tuple[int, ...] = ()
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -130,7 +131,8 @@ def _batch(
 def _answer(ids: list[int], ends: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> Answer:
     end = next((place for place, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
-    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)), end is not None, len(kept))
+    text = str(tokenizer.decode(kept, skip_special_tokens=True))
+    return Answer(text, end is not None, len(kept), tuple(ids if end is None else ids[: end + 1]))
 
 
 @contextmanager

@@ -8,10 +8,9 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.ladders.ladder import Ladder, Row, Whole
-
 from tunewise.lab.effects import cumulative
 from tunewise.lab.outcome import Failed, Interval, Measurement, OutOfMemory
+from tunewise.reproduce.ladders.ladder import Ladder, Row, Whole
 
 SAME = 0.02
 """Speeds that differ by less than this share are called equal."""

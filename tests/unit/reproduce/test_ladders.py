@@ -1,17 +1,17 @@
-"""The published ladders of benchmarks/ladders: their recipes can be run, and the table says what was measured."""
+"""The published ladders that are rebuilt: their recipes can be run, and the table says what was measured."""
 
 from __future__ import annotations
 
 import pytest
-from benchmarks.ladders import hugging_face, torchtune
-from benchmarks.ladders.laboratory import SEED, documents
-from benchmarks.ladders.ladder import Ladder, Row
-from benchmarks.ladders.table import Measured, Results, table
 
 from tunewise.lab.outcome import Failed, Interval, Measurement
 from tunewise.methods.compatibility import conflicts
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.recipe import BatchSpec
+from tunewise.reproduce.ladders import hugging_face, torchtune
+from tunewise.reproduce.ladders.laboratory import SEED, documents
+from tunewise.reproduce.ladders.ladder import Ladder, Row
+from tunewise.reproduce.ladders.table import Measured, Results, table
 from tunewise.workload.batches import GlobalBatches, Layout
 
 LADDERS = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.ladders.ladder import Ladder, Row
 
 from tunewise.engine.run_folder import versions
 from tunewise.lab import corpora
@@ -19,6 +18,7 @@ from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
 from tunewise.lab.storage import Storage
 from tunewise.lab.trial import Trial
 from tunewise.methods.reading import recipe_from_mapping
+from tunewise.reproduce.ladders.ladder import Ladder, Row
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.diagnosis import Diagnosis, Statistics
 from tunewise.workload.model import EMBEDDED_FOLDER
