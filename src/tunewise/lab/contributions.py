@@ -7,8 +7,9 @@ import statistics
 
 from tunewise.lab.effects import cumulative
 from tunewise.lab.findings import Cumulative, MethodFindings, MethodTrial, SingleEffect
-from tunewise.lab.method_study import MethodStudy, Tried
+from tunewise.lab.method_study import MethodStudy
 from tunewise.lab.outcome import Failed, Interval, Measurement, OutOfMemory
+from tunewise.lab.tried import Tried
 from tunewise.units import format_bytes, format_seconds
 
 

@@ -26,8 +26,8 @@ from tunewise.lab.gate import Verdict, compare
 from tunewise.lab.laboratory import Laboratory
 from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
 from tunewise.lab.trial import Trial
+from tunewise.lab.tried import Tried, nats_lost, why_out
 from tunewise.planner.predict import Prediction
-from tunewise.quality.measured import Measured
 
 CLEARLY_FASTER = 0.10
 """A method that exists to save memory must save this part of the time to be chosen where memory suffices."""
@@ -50,54 +50,6 @@ EVALUATED = 32
 
 REPEATS = 3
 """How often the finalists are measured, in turns."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One combination that was tried.
-
-    Attributes:
-        on: the factors that are on.
-        role: what it was first tried for.
-        outcomes: of each repetition.
-        gate: how its first batch compares; None where there is nothing to compare with.
-    """
-
-    on: On
-    role: str
-    outcomes: tuple[Measurement | OutOfMemory | Failed, ...]
-    gate: Verdict | None = None
-
-    @property
-    def measured(self) -> tuple[Measurement, ...]:
-        """The measurements among the outcomes."""
-        return tuple(outcome for outcome in self.outcomes if isinstance(outcome, Measurement))
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of a step, the median over repetitions; infinite where there is no measurement."""
-        values = sorted(m.step_seconds.middle for m in self.measured if m.step_seconds is not None)
-        return values[len(values) // 2] if values else math.inf
-
-    @property
-    def peak_bytes(self) -> float:
-        """Peak of tensor memory; infinite where there is no measurement."""
-        values = [m.peak_tensor_bytes for m in self.measured if m.peak_tensor_bytes is not None]
-        return float(max(values)) if values else math.inf
-
-    @property
-    def forgetting(self) -> Measured | None:
-        """What its steps made the model forget, nats per token; None where that was not measured."""
-        return next((m.forgetting for m in self.measured if m.forgetting is not None), None)
-
-    def forgets_more_than(self, budget: float | None) -> bool:
-        """Whether its few steps alone have cost more than a whole training may."""
-        return budget is not None and self.forgetting is not None and self.forgetting.middle > budget
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether it was measured and its numbers agree with the plain form's."""
-        return bool(self.measured) and (self.gate is None or self.gate.passed)
 
 
 @dataclass
@@ -223,12 +175,12 @@ class MethodStudy:
             if found is None:
                 continue
             if not found.is_sound:
-                self._exclude(name, _why(found))
+                self._exclude(name, why_out(found))
         baseline = self.tried.get(frozenset())
         if baseline is None or (not baseline.measured and not any(t.measured for t in self.tried.values())):
             raise InputError(
                 "None of the trials of the methods could be measured: "
-                + (_why(baseline) if baseline else "the baseline was not tried")
+                + (why_out(baseline) if baseline else "the baseline was not tried")
             )
 
     def _exclude(self, name: str, reason: str) -> None:
@@ -293,7 +245,7 @@ class MethodStudy:
         for tried in self.tried.values():
             over = tried.forgets_more_than(self.max_forgetting) and self.keeps_what_is_learnt(tried.on)
             if over and tried.is_sound and tried.seconds < winner.seconds:
-                lost, steps = _lost(tried), self.warm_up + self.steps
+                lost, steps = nats_lost(tried), self.warm_up + self.steps
                 reason = f"forgets {lost:.3f} nats in {steps} steps, over the budget of {self.max_forgetting:g}"
                 self._say_once(self.space.label(tried.on), reason)
 
@@ -336,14 +288,14 @@ class MethodStudy:
     def _expected_forgetting(self, on: On) -> float:
         """Return what a combination forgets: as measured, or the sum of what its switches do alone or around."""
         if on in self.tried:
-            return _lost(self.tried[on])
-        lost, own = _lost(self.tried.get(frozenset())), _lost(self.tried.get(self.own))
+            return nats_lost(self.tried[on])
+        lost, own = nats_lost(self.tried.get(frozenset())), nats_lost(self.tried.get(self.own))
         for name in on:
             alone, neighbour = self.tried.get(self.closed(frozenset({name}))), self.tried.get(self.own ^ {name})
             if alone is not None and alone.on:
-                lost += _lost(alone) - _lost(self.tried.get(alone.on - {name}))
+                lost += nats_lost(alone) - nats_lost(self.tried.get(alone.on - {name}))
             elif neighbour is not None:
-                lost += own - _lost(neighbour) if name in self.own else _lost(neighbour) - own
+                lost += own - nats_lost(neighbour) if name in self.own else nats_lost(neighbour) - own
         return lost
 
     def _product(self, on: On) -> float:
@@ -447,15 +399,3 @@ class MethodStudy:
     def _budget_left(self) -> float:
         account = self.laboratory.spent.get("methods")
         return self.budget_seconds - (account.seconds if account else 0.0)
-
-
-def _lost(tried: Tried | None) -> float:
-    """Return what a combination forgot; 0 where nobody measured it."""
-    return tried.forgetting.middle if tried is not None and tried.forgetting is not None else 0.0
-
-
-def _why(tried: Tried) -> str:
-    """Say in one line why a combination is out."""
-    if tried.gate is not None and not tried.gate.passed:
-        return tried.gate.sentence
-    return next((o.reason for o in tried.outcomes if not isinstance(o, Measurement)), "it gave no measurement")
