@@ -21,7 +21,7 @@ from tunewise.engine.step import clipped_norm, gradients, parameter_groups, set_
 from tunewise.engine.tracking import Moment
 from tunewise.errors import Conflict, StorageError
 from tunewise.export.merge import merge_adapters
-from tunewise.methods import Checkpointing, Freeze, LoRA, Peft, Precision, Quantize, Stream, complete
+from tunewise.methods import Attention, Checkpointing, Freeze, LoRA, Peft, Precision, Quantize, Stream, complete
 from tunewise.methods.method import Run
 from tunewise.recipe import BatchSpec, Method, ModelSpec
 from tunewise.workload.model import random_model
@@ -65,7 +65,8 @@ def test_evaluation_and_merging_are_the_same(problem: str) -> None:
 
 def deep_run(*methods: Method) -> Run:
     lora = LoRA(rank=2, target_modules=("q_proj", "v_proj"))
-    recipe = make_recipe(lora, Checkpointing(), Precision(compute="fp32"), *methods).replace(
+    attention = Attention(kind="per_document")  # who says so gets torch's kernels, which the streamed model has too
+    recipe = make_recipe(lora, Checkpointing(), Precision(compute="fp32"), attention, *methods).replace(
         batch=BatchSpec(documents=7, micro_batch_size=2)
     )
     return build(complete(recipe, DEEP, CPU), random_model(DEEP, torch.float32, seed=0), CPU)

@@ -73,7 +73,7 @@ class Laboratory:
         params: Mapping[str, Any],
         role: str,
         expected_seconds: float,
-        function: str = WORKER,
+        function: str | None = None,
         **places: str,
     ) -> Measurement | OutOfMemory | Failed:
         """Return the outcome of `trial`: from the storage, or by running it.
@@ -84,7 +84,8 @@ class Laboratory:
             params: what the study varies, for its dashboard.
             role: what the trial is for, in words.
             expected_seconds: a trial that takes many times longer is stopped.
-            function: "package.module:name", which does it; gets `trial`, `data_folder`, `folder` and `places`.
+            function: "package.module:name", which does it (None: `WORKER`); gets `trial`, `data_folder`, `folder` and
+                `places`.
             places: folders that the function needs besides, on which the outcome does not depend.
         """
         key = trial.key(self.circumstances)
@@ -99,7 +100,7 @@ class Laboratory:
         # A trial that ended while we were killed has its outcome in its folder and was not kept.
         ended = finished_outcome(self.folder / key) if known is None else None
         outcome = ended or self.executor.run(
-            function,
+            function or WORKER,
             {
                 "trial": trial.model_dump(mode="json"),
                 "data_folder": str(self.data_folder),

@@ -259,6 +259,7 @@ def test_the_written_recipe_trains_to_the_same_bits(files: tuple[Path, Path], tm
         "data.system_prompt",
         "data.max_records",
         "data.replay",  # nothing is mixed in
+        "data.abstain",
         "batch.supervised_tokens",  # documents fix the batch
         "batch.gradient_accumulation_steps",  # follows from documents and the micro-batch
         "training.steps",  # epochs fix the end

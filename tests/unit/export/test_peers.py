@@ -74,7 +74,8 @@ def test_every_method_is_written_or_named(method: str, peer: str) -> None:
     """`peer_config` itself fails when a setting is neither; adapters without counterpart are refused by name."""
     model = {"name": "owner/llama", "weights": "random" if method == "initialize" else "pretrained"}
     is_adapter = BY_NAME[method].slot == Slot.ADAPTER
-    recipe = completed(ALONE.get(method, {**({} if is_adapter else LORA), method: {}}), model=model)
+    is_alone = is_adapter or method == "initialize"  # whose base no adapter could be saved beside
+    recipe = completed(ALONE.get(method, {**({} if is_alone else LORA), method: {}}), model=model)
     if method == "initialize" and peer == "torchtune":
         with pytest.raises(InputError, match="they draw none"):
             exported(recipe, peer)

@@ -1,4 +1,4 @@
-"""What a recipe does against forgetting, which no other tool has: named, and left out of what is written.
+"""What a recipe does against forgetting and made-up answers, which no other tool has: named, and left out.
 
 How a result is judged (`quality`) is left out without a word: it changes nothing about what is trained.
 """
@@ -25,19 +25,22 @@ def ledger_without_retention(recipe: Recipe, peer: str) -> tuple[Ledger, Recipe]
     if recipe.data.replay is not None:
         reason = f"{peer} mixes no general text in; put some into the data file"
         missing.append(Missing("data.replay", shown(recipe.data.replay.model_dump()), reason))
+    if recipe.data.abstain is not None:
+        reason = f"{peer} asks the base nothing; change the answers in the data file"
+        missing.append(Missing("data.abstain", shown(recipe.data.abstain.model_dump()), reason))
     for field in ("general_text", "forgetting_budget"):
         if (value := getattr(recipe.evaluation, field)) is not None:
             missing.append(Missing(f"evaluation.{field}", shown(value), f"{peer} measures no forgetting"))
     kept = {name: value for name, value in recipe.evaluation.model_dump().items() if name not in _EVALUATION}
     written = recipe.replace(
         methods=tuple(methods),
-        data=recipe.data.model_copy(update={"replay": None}),
+        data=recipe.data.model_copy(update={"replay": None, "abstain": None}),
         evaluation=EvaluationSpec(**kept),
     )
     ledger = Ledger(written, peer)
     ledger.missing += missing
     judging = (f"quality.{field}" for field in QualitySpec.model_fields)  # changes nothing about what is trained
-    for setting in ("data.replay", *(f"evaluation.{field}" for field in _EVALUATION), *judging):
+    for setting in ("data.replay", "data.abstain", *(f"evaluation.{field}" for field in _EVALUATION), *judging):
         ledger.without_effect(setting)
     return ledger, written
 
