@@ -34,6 +34,8 @@ def ten_kills(file: Path, seed: int) -> int:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.splitlines()[-1] == f"{KILLS} tried, {KILLS} survived"
     result = json.loads(file.read_text())
-    assert [part["equal"] for part in result["rounds"]] == [True]
-    assert len(result["rounds"][0]["kills"]) == KILLS
+    rounds = result["rounds"]  # one, or more where a training ended before it had been killed ten times
+    assert rounds
+    assert all(part["equal"] for part in rounds)
+    assert sum(len(part["kills"]) for part in rounds) == KILLS
     return int(result["summary"]["while_writing_a_checkpoint"])
