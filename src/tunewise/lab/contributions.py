@@ -8,7 +8,7 @@ import statistics
 from tunewise.lab.effects import cumulative
 from tunewise.lab.findings import Cumulative, MethodFindings, MethodTrial, SingleEffect
 from tunewise.lab.method_study import MethodStudy
-from tunewise.lab.outcome import Failed, Interval, Measurement, OutOfMemory
+from tunewise.lab.outcome import Failed, Interval, Measurement, OutOfMemory, speed_of
 from tunewise.lab.tried import Tried
 from tunewise.units import format_bytes, format_seconds
 
@@ -50,7 +50,7 @@ def _trial(study: MethodStudy, tried: Tried) -> MethodTrial:
         predicted_step_seconds=Interval(middle=seconds.middle, low=seconds.low, high=seconds.high) if seconds else None,
         predicted_peak_bytes=prediction.peak_bytes if prediction else None,
         step_seconds=seconds_of(tried),
-        tokens_per_second=_rate_of(tried),
+        tokens_per_second=speed_of(tried.measured),
         peak_tensor_bytes=None if math.isinf(tried.peak_bytes) else int(tried.peak_bytes),
         peak_resident_bytes=max(resident, default=None),
         loss=last.loss if last else None,
@@ -83,17 +83,6 @@ def seconds_of(tried: Tried) -> Interval | None:
         middle=statistics.median(middles),
         low=min(min(step.low for step in steps), min(middles)),
         high=max(max(step.high for step in steps), max(middles)) if len(steps) == 1 else max(middles),
-    )
-
-
-def _rate_of(tried: Tried) -> Interval | None:
-    rates = [m.tokens_per_second for m in tried.measured if m.tokens_per_second is not None]
-    if not rates:
-        return None
-    return Interval(
-        middle=statistics.median(rate.middle for rate in rates),
-        low=min(rate.low for rate in rates),
-        high=max(rate.high for rate in rates),
     )
 
 

@@ -5,6 +5,8 @@ Running out of memory, a crash and a time-out are outcomes, not exceptions: a st
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -123,6 +125,18 @@ class Measurement(Value):
     tokens: int = 0
     training_seconds: float = 0.0
     trial_seconds: float = 0.0
+
+
+def speed_of(measured: Sequence[Measurement]) -> Interval | None:
+    """Return tokens per second: the median of the repetitions, the lowest and highest bound of any; None: no rate."""
+    rates = [each.tokens_per_second for each in measured if each.tokens_per_second is not None]
+    if not rates:
+        return None
+    return Interval(
+        middle=statistics.median(rate.middle for rate in rates),
+        low=min(rate.low for rate in rates),
+        high=max(rate.high for rate in rates),
+    )
 
 
 class OutOfMemory(Value):

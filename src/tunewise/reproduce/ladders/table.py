@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
 from tunewise.lab.effects import cumulative
-from tunewise.lab.outcome import Failed, Interval, Measurement, OutOfMemory
+from tunewise.lab.outcome import Failed, Interval, Measurement, OutOfMemory, speed_of
 from tunewise.reproduce.ladders.ladder import Ladder, Row, Whole
 
 SAME = 0.02
@@ -31,14 +30,7 @@ class Measured:
     @property
     def speed(self) -> Interval | None:
         """Tokens per second: the median of the repetitions, the lowest and the highest quartile of any of them."""
-        rates = [found.tokens_per_second for found in self.good if found.tokens_per_second is not None]
-        if not rates:
-            return None
-        return Interval(
-            middle=statistics.median(rate.middle for rate in rates),
-            low=min(rate.low for rate in rates),
-            high=max(rate.high for rate in rates),
-        )
+        return speed_of(self.good)
 
     @property
     def peak_bytes(self) -> int | None:
