@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tunewise.reproduce import BY_NAME as BY_REPRODUCTION
 from tunewise.reproduce.keeping import read_result
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "reproductions").rglob("*.md")])
 OVERVIEW = (ROOT / "docs" / "reproductions.md").read_text(encoding="utf-8")
 
 
@@ -56,3 +58,11 @@ def test_ci_runs_the_readme_command() -> None:
     command = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test]'"
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_a_document_links_to_is_there_and_no_merge_was_left_half_done(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert not re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE)
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
+    assert [target for target in targets if not (document.parent / target).exists()] == []
