@@ -3,7 +3,7 @@
     noise        one short arm at the user's batch measures the gradient noise scale on the way
     candidates   powers of two around it
     round 1      each candidate at three learning rates or more (square-root rule first, the best one bracketed)
-    round 2      each candidate at its best rate, three times as long
+    round 2      each candidate at its best rate, read off a parabola between those tried, three times as long
     round 3      the best and the cheaper ones that cannot be told from it, three times as long again, with seeds
 
 Every arm decays its learning rate to zero and keeps Adam's second moment at one half-life in tokens. Short arms favour
@@ -22,6 +22,7 @@ from tunewise.lab.arms import ArmResult, Arms, ArmSpec, half_life_kept
 from tunewise.lab.critical import LearningCurve, Observed, fit_learning_curve
 from tunewise.lab.findings import NoiseScale
 from tunewise.lab.noise_scale import noise_scale
+from tunewise.lab.rates import lowest_rate
 from tunewise.lab.verdict import SMALLEST_BAND, Verdict, judge
 
 GROWTHS = (3.0, 2.0, 1.5)
@@ -97,7 +98,7 @@ class BatchStudy:
         """Return the curve through every batch's best arms, None where they are too few to tell."""
         best: dict[tuple[int, int], list[float]] = {}
         for result in self.results:
-            if result.loss is not None and self._is_best_rate(result):
+            if result.loss is not None and self._is_at_its_best(result):
                 best.setdefault((result.spec.batch_tokens, result.spec.budget_tokens), []).append(result.loss)
         points = [Observed(batch, tokens, sum(losses) / len(losses)) for (batch, tokens), losses in best.items()]
         return fit_learning_curve(points)
@@ -222,14 +223,22 @@ class BatchStudy:
         return known
 
     def _best_rate(self, batch: int) -> float:
-        """Return the rate of the lowest loss in the longest round that tried several, else the rule's."""
-        tried = [r for r in self.results if r.spec.batch_tokens == batch and r.loss is not None and r.spec.rung == 0]
-        if not tried:
-            return self._rule(batch) * self.factor
-        return min(tried, key=lambda result: result.loss or math.inf).spec.learning_rate
+        """Return the rate at which the first round's losses are lowest, between those tried, else the rule's."""
+        losses = self._tried_rates(batch)
+        return lowest_rate(losses)[0] if losses else self._rule(batch) * self.factor
 
-    def _is_best_rate(self, result: ArmResult) -> bool:
-        return math.isclose(result.spec.learning_rate, self._best_rate(result.spec.batch_tokens), rel_tol=1e-3)
+    def _tried_rates(self, batch: int) -> dict[float, float]:
+        """Return the first round's loss by learning rate; the arm that measured noise, of another length, gives way."""
+        return {
+            result.spec.learning_rate: result.loss
+            for result in self.results
+            if result.spec.batch_tokens == batch and result.spec.rung == 0 and result.loss is not None
+        }
+
+    def _is_at_its_best(self, result: ArmResult) -> bool:
+        """Whether the arm had the best of the rates that its round tried; later rounds try one."""
+        tried = self._tried_rates(result.spec.batch_tokens)
+        return result.spec.rung > 0 or result.spec.learning_rate == min(tried, key=lambda rate: tried[rate])
 
     def _extended(self, candidates: list[int], lengths: tuple[int, int, int]) -> list[int]:
         """Add batches beyond the edge as long as the best one lies there and the budget allows it."""

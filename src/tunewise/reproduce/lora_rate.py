@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
+from tunewise.lab.rates import lowest_rate
 from tunewise.reproduce.bench import Bench
 from tunewise.reproduce.claim import Claim, Finding, Mark
 from tunewise.reproduce.learning import FUSED, Arm, arm, column, differences, mean, over_seeds
@@ -67,14 +66,9 @@ def measure(bench: Bench) -> Evidence:
 
 
 def _lowest(rates: tuple[float, ...], losses: tuple[float, ...]) -> tuple[float, float]:
-    """Return log10 of the best rate and its loss, from the parabola through the lowest point and its neighbours."""
-    logs, place = np.log10(rates), int(np.argmin(losses))
-    if place in (0, len(rates) - 1):
-        return float(logs[place]), losses[place]
-    near = slice(place - 1, place + 2)
-    curve = np.polyfit(logs[near], losses[near], 2)
-    at = float(-curve[1] / (2 * curve[0]))
-    return at, min(losses[place], float(np.polyval(curve, at)))
+    """Return log10 of the best rate, between those tried, and its loss."""
+    rate, loss = lowest_rate(dict(zip(rates, losses, strict=True)))
+    return math.log10(rate), loss
 
 
 def _arm(way: str, batch: int, rate: float, samples: int) -> Arm:
