@@ -166,7 +166,9 @@ def test_methods_alone_and_in_pairs(problem: str, combination: tuple[str, ...]) 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_every_split_of_the_global_batch(problem: str, micro_batch_size: int, is_packed: bool) -> None:
     methods = (*PROBLEMS[problem], *((Packing(row_tokens=48),) if is_packed else ()))
-    assert_same(loss_and_gradients(make_run(methods, micro_batch_size)), reference(problem), TOLERANCES.get(problem, TOLERANCE))
+    assert_same(
+        loss_and_gradients(make_run(methods, micro_batch_size)), reference(problem), TOLERANCES.get(problem, TOLERANCE)
+    )
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

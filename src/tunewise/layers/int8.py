@@ -74,13 +74,13 @@ def _fake_matmul(
 _quantize_rows_kernel = define(
     "quantize_rows(Tensor x, Tensor? col_scale) -> (Tensor, Tensor)", _quantize_rows, _fake_quantize_rows
 )
-_matmul_kernel = define(
+matmul_kernel = define(
     "int8_matmul(Tensor rows, Tensor scale, Tensor weight, Tensor? col_scale, bool by_columns, ScalarType dtype) -> "
     "Tensor",
     _matmul,
     _fake_matmul,
 )
-_matmul_kernel_ = define(
+matmul_kernel_ = define(
     "int8_matmul_(Tensor(a!) out, Tensor rows, Tensor scale, Tensor weight, Tensor? col_scale, bool by_columns) -> ()",
     _matmul_,
     lambda out, rows, scale, weight, col_scale, by_columns: None,
@@ -125,7 +125,7 @@ def matmul(
     """
     rows_MK, scale_M = rows
     if uses_kernel:
-        product: Tensor = _matmul_kernel(rows_MK, scale_M, weight, col_scale_N, by_columns, dtype)
+        product: Tensor = matmul_kernel(rows_MK, scale_M, weight, col_scale_N, by_columns, dtype)
         return product
     sums_MN = torch._int_mm(rows_MK, weight if by_columns else weight.T).float()
     sums_MN.mul_(scale_M[:, None])
@@ -135,6 +135,6 @@ def matmul(
 def add_matmul_(out_MN: Tensor, rows: Rows, weight_KN: Tensor, uses_kernel: bool) -> Tensor:
     """Add the product of rows with a weight stored by columns to `out_MN` (contiguous) and return it."""
     if uses_kernel:
-        _matmul_kernel_(out_MN, *rows, weight_KN, None, True)
+        matmul_kernel_(out_MN, *rows, weight_KN, None, True)
         return out_MN
     return out_MN.add_(matmul(rows, weight_KN, None, torch.float32, False, by_columns=True))

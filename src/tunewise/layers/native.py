@@ -67,7 +67,11 @@ def library() -> ctypes.CDLL:
     content = "\n".join(
         (
             *(file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES)),
-            *FLAGS, *LIBRARIES, version, platform.machine(), _processor(),
+            *FLAGS,
+            *LIBRARIES,
+            version,
+            platform.machine(),
+            _processor(),
         )
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunewise" / "kernels"

@@ -40,7 +40,7 @@ class Quantize(Method):
         compute: "dequantize" multiplies with the unpacked weight; "int8" (with kind int8, on a CPU) multiplies in 8 bits:
             the rows of the inputs are rounded as well, forward and for the inputs' gradients (W8A8, as SwitchBack),
             up to twice as fast as bf16 where the processor has AVX-512 VNNI and 'fused' compiles its kernels. What an
-            adapter computes itself keeps its precision.
+            adapter computes itself keeps its precision, and an output head is unpacked: its gradient rounds badly.
         skip_modules: name endings of layers that keep their precision; "lm_head" means the output head.
     """
 
@@ -59,7 +59,9 @@ class Quantize(Method):
         if self.kind == "int8" and (self.double_quant is not None or self.block_size is not None):
             raise ValueError("'double_quant' and 'block_size' belong to nf4 and fp4; int8 has one scale a row")
         if self.compute == "int8" and self.kind != "int8":
-            raise ValueError(f"compute: int8 multiplies weights in 8 bits, and {self.kind} has other ones; use kind: int8")
+            raise ValueError(
+                f"compute: int8 multiplies weights in 8 bits, and {self.kind} has other ones; use kind: int8"
+            )
         if self.kind in GROUP_KINDS and self.double_quant is not None:
             raise ValueError(f"'double_quant' belongs to nf4 and fp4; {self.kind} keeps its scales as they are")
         return self
@@ -81,12 +83,12 @@ class Quantize(Method):
         """
         if self.compute == "int8" and run.device.type != "cpu":
             raise Conflict("quantize: compute int8 is for CPUs. Leave it out, or train with device: cpu.")
-        layers = self._targets(run.model)
+        layers, head = self._targets(run.model), output_head(run.model)
         low_rank = run.recipe.get(LowRank)
         is_needed = low_rank is not None and low_rank.needs_original_weights
         before = after = 0
         for name, layer in layers.items():
-            packed = self._pack(layer)
+            packed = self._pack(layer, layer is head)
             packed.train(layer.training)
             weight = weight_of(layer)
             if is_needed:
@@ -107,10 +109,10 @@ class Quantize(Method):
                 f"their precision: {format_bytes(size)}"
             )
 
-    def _pack(self, layer: nn.Module) -> QuantizedLinear:
+    def _pack(self, layer: nn.Module, is_head: bool) -> QuantizedLinear:
         if self.kind == "int4" or self.kind == "int3" or self.kind == "int2":
             return GroupQuantizedLinear(layer, self.kind, self.block_size or 32)
-        if self.compute == "int8":
+        if self.compute == "int8" and not is_head:
             return Int8ProductLinear(layer)
         return quantize_linear(layer, self.kind, self.block_size or 64, self.double_quant is not False)
 
