@@ -31,6 +31,7 @@ class Int8ProductLinear(Int8Linear):
     def __init__(self, layer: nn.Module) -> None:
         """Pack the weight of `layer`; of a layer without values (a dry run) only the storage is made."""
         super().__init__(layer)
+        self.packed = self.packed.contiguous()  # a Conv1D's is not
         self.uses_kernel = False
         self.is_exact = False
 

@@ -126,7 +126,8 @@ def test_a_layer_against_its_unpacked_weight(uses_kernel: bool) -> None:
     torch.testing.assert_close(ours_bias, exact_bias)
 
 
-@pytest.mark.parametrize("uses_kernel", [False, pytest.param(True, marks=needs_compiler)])
+@needs_compiler  # of SwiGLU
+@pytest.mark.parametrize("uses_kernel", [False, True])
 def test_siblings_and_the_mlp_compute_what_single_layers_do(uses_kernel: bool) -> None:
     def adapted(inputs: int, outputs: int, seed: int) -> LoRALinear:
         layer = LoRALinear(make_layer(inputs, outputs, uses_kernel=uses_kernel), 4, 2.0)
