@@ -31,6 +31,10 @@ from benchmarks.peers.environments import python_of, torch_only_bytes
 
 SIDES = Path(__file__).with_name("side")
 OURS = "tunewise"
+OURS_INT8 = "tunewise-int8"
+INT8 = {"quantize": {"kind": "int8", "compute": "int8"}}
+"""What the second entry of ours adds: a base in int8, multiplied in 8 bits. It learns another function; see its loss."""
+
 PEERS: dict[str, tuple[str, str]] = {
     "trl-default": ("trl", "huggingface.py"),
     "trl-best": ("trl", "huggingface.py"),
@@ -85,7 +89,8 @@ def run_side(name: str, setting: dict[str, Any], cache: Path) -> dict[str, Any]:
         return {"problem": str(error)}
     with tempfile.TemporaryDirectory() as work:
         told, answer = Path(work) / "setting.json", Path(work) / "result.json"
-        told.write_text(json.dumps({**setting, "peer": name}))
+        methods = setting["methods"] | (INT8 if name == OURS_INT8 else {})
+        told.write_text(json.dumps({**setting, "methods": methods, "peer": name}))
         command = [str(python), str(SIDES / script), str(told), str(answer)]
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         try:
@@ -123,7 +128,8 @@ def summarize(pieces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "validation_loss": round(statistics.median(run["validation_loss"] for run in good), 4),
             "version": good[-1]["version"],
         }
-    peers = {name: tool for name, tool in tools.items() if name != OURS and "problem" not in tool}
+    own = {name: tools[name] for name in (OURS, OURS_INT8) if name in tools and "problem" not in tools[name]}
+    peers = {name: tool for name, tool in tools.items() if name not in (OURS, OURS_INT8) and "problem" not in tool}
     ours = tools.get(OURS, {"problem": "not run"})
     summary: dict[str, Any] = {"tools": tools}
     if not peers or "problem" in ours:
@@ -140,7 +146,17 @@ def summarize(pieces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
     if DEFAULT in peers:
         summary["ratio_vs_default"] = round(speed / peers[DEFAULT]["tokens_per_second"], 2)
+    if OURS_INT8 in own:
+        summary["int8"] = _of_int8(own[OURS_INT8], peers, fastest)
     return summary
+
+
+def _of_int8(ours: dict[str, Any], peers: dict[str, dict[str, Any]], fastest: str) -> dict[str, float]:
+    """The same ratios for our entry with products in 8 bits, and how far its loss is from the fastest peer's."""
+    names = {"ratio_vs_best": fastest, "ratio_vs_default": DEFAULT}
+    speed = ours["tokens_per_second"]
+    found = {key: round(speed / peers[n]["tokens_per_second"], 2) for key, n in names.items() if n in peers}
+    return found | {"loss_gap": round(ours["validation_loss"] - peers[fastest]["validation_loss"], 4)}
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -159,7 +175,7 @@ def main(arguments: argparse.Namespace) -> int:
         result = before
     pieces: dict[str, list[dict[str, Any]]] = result["pieces"]
     for turn in range(arguments.turns):
-        for name in (OURS, *chosen):
+        for name in (OURS, *([OURS_INT8] if arguments.int8 else []), *chosen):
             runs = pieces.setdefault(name, [])
             if len(runs) > turn or (runs and "problem" in runs[-1]):
                 continue
@@ -189,6 +205,7 @@ if __name__ == "__main__":
     parser.add_argument("--peers", default="all", help="all, or names with commas: " + ", ".join(PEERS))
     parser.add_argument("--size", choices=problem.SIZES, default="70M")
     parser.add_argument("--methods", default='{"fused": {}}', help="JSON: methods added to our recipe")
+    parser.add_argument("--int8", action="store_true", help="also our entry with products in 8 bits (method lora)")
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--turns", type=int, default=2)

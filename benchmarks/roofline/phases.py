@@ -21,7 +21,10 @@ from tunewise.layers.linear import is_linear
 from tunewise.layers.lora import LoRALinear
 
 OUTSIDE = "other"
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::linear"}
+INT8_PRODUCTS = {"tunewise::int8_matmul": 0, "tunewise::int8_matmul_": 1}
+"""Products in 8 bits, and where their rows stand among their operands; two places after them stands the weight."""
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "tunewise::quantize_rows", *INT8_PRODUCTS}
 """Operators that are linear layers' work wherever they stand, but for the loss."""
 _BACKWARD = "autograd::engine::evaluate_function"
 
@@ -133,9 +136,16 @@ def _phase(event: Any, part_by_sequence: dict[int, str]) -> str:
 
 
 def _flops(event: Any) -> float:
-    """FLOPs of matrix products; of attention's kernel on the CPU, which the profiler does not know, from its shapes."""
+    """FLOPs of matrix products; of those that the profiler does not know from their shapes."""
     if event.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
         return float(event.flops or 0)
+    if event.name == "aten::addmm_":
+        (rows, inner), (_, columns) = event.input_shapes[1:3]
+        return 2.0 * rows * inner * columns
+    if event.name in INT8_PRODUCTS:
+        first = INT8_PRODUCTS[event.name]
+        (rows, _), (one, other) = event.input_shapes[first], event.input_shapes[first + 2]
+        return 2.0 * rows * one * other
     if event.name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
         is_backward = event.name.endswith("backward")
         rows, heads, length, size = event.input_shapes[1 if is_backward else 0]

@@ -61,6 +61,7 @@ PROBLEMS: dict[str, tuple[Method, ...]] = {
     "rslora on attention": (LoRA(rank=4, use_rslora=True, target_modules=("q_proj", "v_proj")),),
     "lora over nf4": (LoRA(rank=4), Quantize(kind="nf4")),
     "lora over int8": (LoRA(rank=4), Quantize(kind="int8")),
+    "lora, products in int8": (LoRA(rank=4), Quantize(kind="int8", compute="int8")),
     "dora over nf4": (DoRA(rank=4), Quantize(kind="nf4")),
     "lora-fa": (LoRAFA(rank=4),),
     "bottleneck, lora and norms": (BottleneckAdapter(size=4), LoRA(rank=4), Freeze(train=("*norm*",))),
@@ -85,6 +86,8 @@ SAME: dict[str, Method] = {
 SPLITS = (1, 2, 3)
 PLAIN: tuple[Method, ...] = (Attention(kind="eager"), WholeLoss(), Precision(compute="fp32"))
 TOLERANCE = 1e-5
+TOLERANCES = {"lora, products in int8": 1e-2}
+"""Two ways that differ by rounding carry a few numbers over the edge between two of 127 steps. Also below: bit-equal."""
 
 COMBINATIONS: list[tuple[str, ...]] = [(name,) for name in SAME]
 COMBINATIONS += [pair for pair in itertools.combinations(SAME, 2) if SAME[pair[0]].name != SAME[pair[1]].name]
@@ -155,7 +158,7 @@ def test_methods_alone_and_in_pairs(problem: str, combination: tuple[str, ...]) 
     methods = (*PROBLEMS[problem], *(SAME[name] for name in combination))
     assert all(SAME[name].fidelity in (Fidelity.EXACT, Fidelity.ROUNDING) for name in combination)
     split = SPLITS[CASES.index((problem, combination)) % len(SPLITS)]
-    assert_same(loss_and_gradients(make_run(methods, split)), reference(problem), TOLERANCE)
+    assert_same(loss_and_gradients(make_run(methods, split)), reference(problem), TOLERANCES.get(problem, TOLERANCE))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -163,7 +166,9 @@ def test_methods_alone_and_in_pairs(problem: str, combination: tuple[str, ...]) 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_every_split_of_the_global_batch(problem: str, micro_batch_size: int, is_packed: bool) -> None:
     methods = (*PROBLEMS[problem], *((Packing(row_tokens=48),) if is_packed else ()))
-    assert_same(loss_and_gradients(make_run(methods, micro_batch_size)), reference(problem), TOLERANCE)
+    assert_same(
+        loss_and_gradients(make_run(methods, micro_batch_size)), reference(problem), TOLERANCES.get(problem, TOLERANCE)
+    )
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -177,7 +182,7 @@ def test_a_mean_of_means_fails_this_law(problem: str) -> None:
     losses = [float(gradients(run, [batch], batch.num_supervised * len(batches), scaler)) for batch in batches]
     found = {name: parameter.grad for name, parameter in run.trainable() if parameter.grad is not None}
     with pytest.raises(AssertionError):
-        assert_same((sum(losses), found), reference(problem), TOLERANCE)
+        assert_same((sum(losses), found), reference(problem), TOLERANCES.get(problem, TOLERANCE))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -191,6 +196,6 @@ def test_checkpointing_is_bit_equal(problem: str) -> None:
 
 
 def test_the_number_of_cases_does_not_fall() -> None:
-    assert len(PROBLEMS) == 13
+    assert len(PROBLEMS) == 14
     assert len(COMBINATIONS) == 10 + 40
-    assert len(CASES) == 650
+    assert len(CASES) == 700

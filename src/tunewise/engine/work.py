@@ -1,7 +1,7 @@
 """What a step's operators compute and move: FLOPs and bytes by operator, dtype and (for matrix products) shape.
 
 FLOPs are torch's own formulas (`torch.utils.flop_counter`: a multiplication and an addition are two), and ours for the
-attention kernel of the CPU. Bytes are what an ideal kernel reads and writes: each operand and each result once. Views
+attention kernel of the CPU and products in 8-bit integers (whose operations are counted like any). Bytes are what an ideal kernel reads and writes: each operand and each result once. Views
 cost nothing.
 """
 
@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tunewise.layers import int8
+
 aten = torch.ops.aten
+
+_INT8_PRODUCTS = (int8.matmul_kernel.overloadpacket, int8.matmul_kernel_.overloadpacket, aten._int_mm)
 
 
 class WorkKey(NamedTuple):
@@ -25,7 +29,7 @@ class WorkKey(NamedTuple):
     Attributes:
         moment: part of the run ("forward", ...).
         operator: torch's name without overload ("aten.mm").
-        dtype: of the first floating-point operand, else of the first one.
+        dtype: of the first floating-point operand, else of the first one; int8 for products in 8 bits.
         shape: (m, n, k) of a matrix product (b * m for a batched one with the batch in front), else ().
     """
 
@@ -70,7 +74,8 @@ class WorkTable:
         flops = _flops(packet, args, kwargs, output)
         first = next((o for o in operands if o.is_floating_point()), operands[0] if operands else None)
         shape = _matmul_shape(packet, args) if flops else ()
-        key = WorkKey(moment, str(packet), None if first is None else first.dtype, shape)
+        dtype = torch.int8 if packet in _INT8_PRODUCTS else None if first is None else first.dtype
+        key = WorkKey(moment, str(packet), dtype, shape)
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *results))
         entry = self.entries.setdefault(key, [0.0, 0.0, 0.0])
         entry[0] += 1
@@ -94,6 +99,9 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
         return _attention_flops(args[1], args[2], args[3], products=5)
     if packet is aten._grouped_mm:
         return _grouped_flops(args[0], args[1])
+    if packet in _INT8_PRODUCTS:
+        rows, product = (args[1], args[0]) if packet is _INT8_PRODUCTS[1] else (args[0], output)
+        return 2 * int(product.numel()) * int(rows.shape[1])
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=output))
 

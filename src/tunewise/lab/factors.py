@@ -321,8 +321,12 @@ def _tuning(base: Recipe) -> list[Switch]:
     on = Option("LoRA", adapters, fidelity=Fidelity.LEARNING)
     words = ("every weight trained", f"LoRA of rank {lora.rank}")
     switches = [_switch("lora", "tuning", FULL, on, words, Fidelity.LEARNING)]
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        quantize = base.get(Quantize) or Quantize()
+    quantize = base.get(Quantize) or Quantize()
+    if quantize.compute == "int8":
+        packed = Option("LoRA, products in 8 bits", (*adapters, quantize), "", Fidelity.LEARNING, True)
+        words = ("products in the precision of computation", "base in int8, products in 8 bits")
+        switches.append(_switch("8-bit products", "tuning", None, packed, words, Fidelity.LEARNING, requires="lora"))
+    elif importlib.util.find_spec("bitsandbytes") is not None:
         packed = Option(f"LoRA over {quantize.kind}", (*adapters, quantize), "LoRA", Fidelity.LEARNING, True)
         words = ("base weights as computed", f"base weights in {quantize.kind}")
         switches.append(

@@ -11,19 +11,9 @@
 
 #include <omp.h>
 
+#include "numbers.h"
+
 namespace {
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(const float* p) { return *p; }
-inline float load(const bf16* p) { return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16); }
-inline void store(float* p, float x) { *p = x; }
-inline void store(bf16* p, float x) {  // to nearest, ties to even
-  uint32_t u = std::bit_cast<uint32_t>(x);
-  p->bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
 
 // Cephes' expf (relative error 2e-7), written so that compilers vectorize it; NaN stays NaN. Beyond +-60 it is cut: what
 // is below exp(-60) = 9e-27 is zero (what padding adds has probability zero, and Adam divides by the size of gradients),
@@ -281,13 +271,6 @@ void cross_entropy(S* logits, const int64_t* labels, float* loss, int64_t T, int
 }
 
 }  // namespace
-
-#define FOR_BOTH(NAME, PARAMETERS, ...)                          \
-  extern "C" void NAME##_fp32 PARAMETERS { using S = float; NAME<S> __VA_ARGS__; } \
-  extern "C" void NAME##_bf16 PARAMETERS { using S = bf16; NAME<S> __VA_ARGS__; }
-
-#define IN(p) static_cast<const S*>(p)
-#define OUT(p) static_cast<S*>(p)
 
 FOR_BOTH(rms_norm, (const void* x, const void* w, void* y, float* scale, int64_t T, int64_t D, float eps),
          (IN(x), IN(w), OUT(y), scale, T, D, eps))

@@ -38,6 +38,11 @@ class PackedLinear(nn.Module, ABC):
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """Return the layer that stood here before packing (nn.Linear or Conv1D) with the unpacked weight."""
 
+    def add_input_gradient(self, grad_TO: Tensor, grad_TI: Tensor | None) -> Tensor:
+        """Return grad_TO times the weight, in the gradient's dtype; added into `grad_TI` where that is given."""
+        weight_OI = self.dense_weight(grad_TO.dtype)
+        return grad_TO @ weight_OI if grad_TI is None else grad_TI.addmm_(grad_TO, weight_OI)
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` computes x W^T + b: nn.Linear and its subclasses, Conv1D, packed layers."""
@@ -71,6 +76,20 @@ def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     elif _is_bitsandbytes(layer):
         weight = _bitsandbytes_weight(layer)
     return weight if dtype is None else weight.to(dtype)
+
+
+def add_input_gradient(layer: nn.Module, grad_TO: Tensor, grad_TI: Tensor | None = None) -> Tensor:
+    """Return what a gradient of the layer's output is of its input, (T, in), in the gradient's dtype.
+
+    Args:
+        layer: linear, of any kind.
+        grad_TO: of the output.
+        grad_TI: what to add it to, in place; None: a fresh tensor.
+    """
+    if isinstance(layer, PackedLinear):
+        return layer.add_input_gradient(grad_TO, grad_TI)
+    weight_OI = weight_of(layer, grad_TO.dtype)
+    return grad_TO @ weight_OI if grad_TI is None else grad_TI.addmm_(grad_TO, weight_OI)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tunewise.errors import InputError
 from tunewise.layers.linear import (
     PackedLinear,
+    add_input_gradient,
     any_tensor,
     has_values,
     is_transposed,
@@ -319,7 +320,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         grad_low_TR = grad_TO @ b_OR
         grad_input = grad_A_RI = grad_B_OR = None
         if ctx.needs_input_grad[0]:
-            grad_TI = grad_TO @ weight_of(ctx.base_layer, grad.dtype)
+            grad_TI = add_input_gradient(ctx.base_layer, grad_TO)
             grad_TI.addmm_(grad_low_TR, a_RI, alpha=ctx.scale)
             grad_input = grad_TI.view(input.shape).to(input.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tunewise.layers.linear import weight_of, without_view
+from tunewise.layers.linear import add_input_gradient, without_view
 from tunewise.layers.lora import LoRALinear, lora_linear_reference
 
 
@@ -74,7 +74,7 @@ class _LoRAFAFunction(torch.autograd.Function):
         grad_input = grad_B_OR = None
         if ctx.needs_input_grad[0]:
             shape, dtype = ctx.input_like
-            grad_TI = grad_TO @ weight_of(ctx.base_layer, grad.dtype)
+            grad_TI = add_input_gradient(ctx.base_layer, grad_TO)
             grad_TI.addmm_(grad_TO @ lora_B_OR.to(grad.dtype), lora_A_RI.to(grad.dtype), alpha=ctx.scale)
             grad_input = grad_TI.view(shape).to(dtype)
         if ctx.needs_input_grad[2]:

@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp` with the machine's own C++ compiler, once, and calls it.
+"""Compiles the kernels with the machine's own C++ compiler, once, and calls it.
 
 The library is kept in the user's cache under a name that depends on source, compiler and processor, and comes to that
 name whole: several processes may compile at once, and the last one's is as good as the first one's. Its threads are
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from tunewise.errors import Conflict
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels_int8.cpp"))
+HEADERS = (Path(__file__).with_name("numbers.h"),)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 LIBRARIES = ("-lstdc++",)
@@ -64,7 +65,14 @@ def library() -> ctypes.CDLL:
         )
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     content = "\n".join(
-        (SOURCE.read_text(encoding="utf-8"), *FLAGS, *LIBRARIES, version, platform.machine(), _processor())
+        (
+            *(file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES)),
+            *FLAGS,
+            *LIBRARIES,
+            version,
+            platform.machine(),
+            _processor(),
+        )
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunewise" / "kernels"
     place = cache / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
@@ -97,7 +105,10 @@ def _compile(found: str, place: Path) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent) as name:
         made = Path(name) / "kernels.so"
         done = subprocess.run(
-            [found, *FLAGS, str(SOURCE), *LIBRARIES, "-o", str(made)], capture_output=True, text=True, check=False
+            [found, *FLAGS, *map(str, SOURCES), *LIBRARIES, "-o", str(made)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:300])

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunewise.layers.fused import SwiGLU, can_compute, swiglu, swiglu_backward_
-from tunewise.layers.linear import compute_dtype, weight_of, without_view
+from tunewise.layers.int8_linear import outputs_of
+from tunewise.layers.linear import add_input_gradient, compute_dtype, without_view
 from tunewise.layers.lora import LoRALinear
 
 
@@ -78,10 +79,9 @@ class _Group:
     def forward(self, input_TI: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return x A^T of all siblings, (T, X), and their outputs."""
         low_TX = input_TI @ self.a_XI.T
-        outputs = []
-        for layer, b_OR, part in zip(self.layers, self.b_OR, self.parts, strict=True):
-            output_TO = layer.base_layer(input_TI)
-            outputs.append(output_TO.addmm_(low_TX[:, part], b_OR.T, alpha=layer.scale))
+        outputs = outputs_of([layer.base_layer for layer in self.layers], input_TI)
+        for layer, output_TO, b_OR, part in zip(self.layers, outputs, self.b_OR, self.parts, strict=True):
+            output_TO.addmm_(low_TX[:, part], b_OR.T, alpha=layer.scale)
         return low_TX, outputs
 
     def backward(
@@ -95,8 +95,7 @@ class _Group:
             grad_low_TX[:, part] = (grad_TO @ b_OR).mul_(layer.scale)
             found.append((low_TX[:, part].T @ grad_TO).T.mul(layer.scale))
             if needs_input:
-                weight_OI = weight_of(layer.base_layer, grad_TO.dtype)
-                grad_TI = grad_TO @ weight_OI if grad_TI is None else grad_TI.addmm_(grad_TO, weight_OI)
+                grad_TI = add_input_gradient(layer.base_layer, grad_TO, grad_TI)
         if grad_TI is not None:
             grad_TI.addmm_(grad_low_TX, self.a_XI)
         grad_a_XI = grad_low_TX.T @ input_TI

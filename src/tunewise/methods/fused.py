@@ -10,6 +10,7 @@ from torch import nn
 from tunewise.errors import Conflict
 from tunewise.layers.blocks import FusedAttention, fused_twin
 from tunewise.layers.head import base_model_of
+from tunewise.layers.int8_linear import Int8ProductLinear, unpacked_products
 from tunewise.layers.native import library
 from tunewise.layers.products import attend
 from tunewise.methods.attention import Attention
@@ -27,7 +28,7 @@ class Fused(Method):
 
     The kernels are one C++ file that the machine's compiler turns into a library on first use, in two seconds. LoRA
     layers that share an input are computed as one function, so their factors meet it together. Every replaced module
-    is compared with the original when the run is built.
+    is compared with the original when the run is built. Products of 'quantize' with compute int8 are made by them too.
 
     The default on a CPU with a compiler, for models of known families, unless a recipe says how attention is computed.
     Without a compiler the default is not taken and a note in `metrics.jsonl` says so; a recipe that names it needs one.
@@ -72,6 +73,9 @@ class Fused(Method):
         if self.attention and is_per_document:
             run.documents.kernels = attend
         run.uses_loss_kernel = self.loss
+        for layer in run.model.modules():
+            if isinstance(layer, Int8ProductLinear):
+                layer.uses_kernel = True
         counts: dict[str, int] = {}
         decoder = base_model_of(run.model)
         for name, module in list(decoder.named_modules()):
@@ -110,7 +114,7 @@ def _verify(name: str, module: nn.Module, twin: Any, run: Run) -> None:
         angle_1LD = torch.cat([angles, angles], dim=-1)[None]
         arguments = ((angle_1LD.cos().to(dtype), angle_1LD.sin().to(dtype)), None)
     try:
-        with autocast:
+        with autocast, unpacked_products(module):
             ours, theirs = (each.eval()(hidden_RLD, *arguments) for each in (twin, module))
     finally:
         module.train(was_training)

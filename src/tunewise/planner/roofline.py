@@ -36,7 +36,12 @@ CPU_LAUNCH_SECONDS = 3e-6
 CUDA_KERNEL_SECONDS = 2e-6
 """The shortest time between two kernels on the device."""
 
-_DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "bf16",  # products in 8 bits are faster, by how much depends on the processor: nothing is promised
+}
 _ATTENTION_WORDS = ("scaled_dot_product", "varlen", "flash")
 
 

@@ -3,6 +3,8 @@ refusals."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -12,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.unit.architectures import ARCHITECTURES, tiny_model
 from tests.unit.methods.adapted import disturb, logits, make_recipe, make_run, token_ids
 from tunewise.errors import Conflict, InputError
+from tunewise.layers.int8_linear import Int8ProductLinear
 from tunewise.layers.linear import PackedLinear, output_head
 from tunewise.layers.lora import lora_layers, merge_lora
-from tunewise.layers.quantized import QuantKind
+from tunewise.layers.quantized import Int8Linear, QuantKind
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
 from tunewise.methods.quantization import Quantize
@@ -76,6 +79,31 @@ def test_the_head_is_packed_on_request_unless_it_is_tied() -> None:
     assert output_head(run.model) in packed_layers(run.model).values()
     with pytest.raises(Conflict, match="shares its tensor"):
         make_run(tiny_model("llama", tie_word_embeddings=True), Quantize(kind="int8", skip_modules=()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_products_in_8_bits_stay_near_those_with_the_unpacked_weight(architecture: str) -> None:
+    model = tiny_model(architecture)
+    unpacked = logits(make_run(copy.deepcopy(model), Quantize(kind="int8")).model)
+    run = make_run(model, Quantize(kind="int8", compute="int8"), LoRA(rank=4))
+    assert all(isinstance(layer.base_layer, Int8ProductLinear) for layer in lora_layers(run.model).values())
+    assert "multiplied in 8 bits" in run.notes[0]
+    found = logits(run.model)
+    assert 0 < float((found - unpacked).norm() / unpacked.norm()) < 0.03
+    disturb(run.model)
+    run.model.train()(input_ids=token_ids(), use_cache=False).logits.square().mean().backward()
+    assert all(parameter.grad is not None for _, parameter in run.trainable())
+
+
+def test_a_head_is_never_multiplied_in_8_bits() -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    run = make_run(model, Quantize(kind="int8", compute="int8", skip_modules=()))
+    assert type(output_head(run.model)) is Int8Linear
+
+
+def test_products_in_8_bits_need_a_weight_in_8_bits() -> None:
+    with pytest.raises(ValidationError, match="use kind: int8"):
+        Quantize(kind="nf4", compute="int8")
 
 
 def test_says_that_experts_keep_their_precision() -> None:

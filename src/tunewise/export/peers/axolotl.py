@@ -205,6 +205,9 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     ledger.take("quantize", "load_in_4bit, load_in_8bit")
     ledger.take("quantize.kind", "bnb_config_kwargs: bnb_4bit_quant_type")
     ledger.take("quantize.double_quant", "bnb_config_kwargs: bnb_4bit_use_double_quant")
+    ledger.need(
+        "quantize.compute", "dequantize", otherwise="bitsandbytes' LLM.int8 keeps columns of outliers in 16 bits"
+    )
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     skipped = list(ledger.take("quantize.skip_modules", "bnb_config_kwargs: llm_int8_skip_modules"))
     if quantize.kind == "int8":

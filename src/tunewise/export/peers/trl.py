@@ -183,6 +183,9 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     ledger.take("quantize", "load_in_4bit, load_in_8bit")
     ledger.take("quantize.kind", "bnb_4bit_quant_type")
     ledger.take("quantize.double_quant", "use_bnb_nested_quant")
+    ledger.need(
+        "quantize.compute", "dequantize", otherwise="bitsandbytes' LLM.int8 keeps columns of outliers in 16 bits"
+    )
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     ledger.need("quantize.skip_modules", (HEAD,), otherwise="TRL's command leaves out the output head only")
     if quantize.kind == "int8":
