@@ -33,7 +33,7 @@ SIDES = Path(__file__).with_name("side")
 OURS = "tunewise"
 OURS_INT8 = "tunewise-int8"
 INT8 = {"quantize": {"kind": "int8", "compute": "int8"}}
-"""What the second entry of ours adds: a base in int8, multiplied in 8 bits. It learns another function; see its loss."""
+"""What the second entry of ours adds: a base in int8, multiplied in 8 bits: another function, so see its loss."""
 
 PEERS: dict[str, tuple[str, str]] = {
     "trl-default": ("trl", "huggingface.py"),

@@ -87,7 +87,7 @@ SPLITS = (1, 2, 3)
 PLAIN: tuple[Method, ...] = (Attention(kind="eager"), WholeLoss(), Precision(compute="fp32"))
 TOLERANCE = 1e-5
 TOLERANCES = {"lora, products in int8": 1e-2}
-"""Two ways that differ by rounding carry a few numbers over the edge between two of 127 steps. Also below: bit-equal."""
+"""Ways that differ by rounding carry a few numbers over the edge between two of 127 steps. Also below: bit-equal."""
 
 COMBINATIONS: list[tuple[str, ...]] = [(name,) for name in SAME]
 COMBINATIONS += [pair for pair in itertools.combinations(SAME, 2) if SAME[pair[0]].name != SAME[pair[1]].name]

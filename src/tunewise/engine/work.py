@@ -1,8 +1,8 @@
 """What a step's operators compute and move: FLOPs and bytes by operator, dtype and (for matrix products) shape.
 
 FLOPs are torch's own formulas (`torch.utils.flop_counter`: a multiplication and an addition are two), and ours for the
-attention kernel of the CPU and products in 8-bit integers (whose operations are counted like any). Bytes are what an ideal kernel reads and writes: each operand and each result once. Views
-cost nothing.
+attention kernel of the CPU and products in 8-bit integers (whose operations are counted like any). Bytes are what an
+ideal kernel reads and writes: each operand and each result once. Views cost nothing.
 """
 
 from __future__ import annotations

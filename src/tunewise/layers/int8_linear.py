@@ -1,6 +1,8 @@
 """Linear layers with an int8 weight that multiply in 8 bits: the input's rows are rounded when they arrive.
 
-    y = x_q W_q^T * s_x s_W + b,    dL/dx = (dL/dy * s_W)_q W_q * s        `layers.int8`; through rounding, as if it were not
+    y = x_q W_q^T * s_x s_W + b        dL/dx = (dL/dy * s_W)_q W_q * s        (`layers.int8`)
+
+The gradient passes the rounding as if it were not there.
 
 Shape suffixes: T tokens (all leading dimensions), I in_features, O out_features.
 """
