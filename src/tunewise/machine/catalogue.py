@@ -262,9 +262,6 @@ CATALOGUE: tuple[Machine, ...] = (
     _apple("M4 Max 128GB", 128, 40, 546, {"fp32": 16.2, "bf16": 16.2, "fp16": 16.2}, "computed, 1.58 GHz"),
 )  # fmt: skip
 
-LIKE = 0.6
-"""A name of the catalogue is offered for another one if so much of both is the same (difflib's ratio)."""
-
 _NOISE = re.compile(
     r"nvidia|geforce|tesla|quadro|rtx|amd|instinct|apple|generation|blackwell|workstation|server|edition|oam|"
     r"nvlink|hbm\d?e?"
@@ -289,8 +286,9 @@ def find(name: str) -> Machine:
     if not named:
         likeness = [difflib.SequenceMatcher(None, core, other).ratio() for _, other, _, _ in entries]
         nearest = CATALOGUE[likeness.index(max(likeness))].name
-        hint = f" The nearest is '{nearest}';" if max(likeness) >= LIKE else ""
-        raise InputError(f"The catalogue has no machine '{name}'.{hint} 'tunewise machine --list' shows all.")
+        raise InputError(
+            f"The catalogue has no machine '{name}'. The nearest is '{nearest}'; 'tunewise machine --list' shows all."
+        )
     wanted = form or ("sxm" if any(other_form == "sxm" for _, other_form in named) else None)
     fitting = [
         machine
