@@ -186,14 +186,16 @@ class _Search:
     def _hopeless(self, choice: Choice) -> str | None:
         """Find reasons that cost little: weights, a state, or a relative that needs less and does not fit.
 
-        Full fine-tuning alone is asked about time before it is predicted: LoRA's traces serve the nearest recipe that
-        is looked for when nothing keeps to the limits, those of its many optimizers serve nothing then.
+        Full fine-tuning is asked about time before it is predicted, where an adapter needs less memory anyway: its
+        traces would serve nothing, while the adapter's serve the nearest recipe that is looked for when nothing keeps
+        to the limits.
         """
         limit = self.limits.peak_bytes
         bound, what = self.predictor.lower_bound(choice)
         if bound > limit:
             return f"{what} are {format_bytes(bound)} of {format_bytes(limit)}"
-        if choice["tuning"] is FULL and self.limits.are_of_the_run and self.smallest is not None:
+        has_smaller = self.smallest is not None and self.smallest.choice["tuning"] is not FULL
+        if choice["tuning"] is FULL and self.limits.are_of_the_run and has_smaller:
             exceeded = self.limits.exceeded(self.predictor.least_seconds(choice))
             if exceeded is not None:
                 return f"without its update and with all activations kept it {exceeded}"
