@@ -131,12 +131,13 @@ def _positive(line: Mapping[str, Any], column: str) -> float | None:
 
 def _tokens_per_second(line: Mapping[str, Any], num_gpus: int, length: int) -> float:
     """Return those of one GPU: as stated, or of all, or from samples that are all `length` long."""
-    of_one, of_all = _positive(line, "throughput_tokens_s_gpu"), _positive(line, "throughput_tokens_s")
-    samples = _positive(line, "throughput_samples_s")
+    of_one = _positive(line, "throughput_tokens_s_gpu")
     if of_one is not None:
         return of_one
+    of_all = _positive(line, "throughput_tokens_s")
     if of_all is not None:
         return of_all / num_gpus
+    samples = _positive(line, "throughput_samples_s")  # often rounded, so it is asked for last
     if samples is not None:
         return samples * length / num_gpus
     raise LeftOut("no tokens a second (a time without the number of tokens)")

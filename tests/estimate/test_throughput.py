@@ -36,7 +36,7 @@ SOUND = {
     "id": "1", "source": "here", "model": "owner/our-llama-chat", "kind": "LoRA fine-tuning (r=8)", "seq_len": "2048",
     "micro_batch": "4", "grad_accum": "2", "global_batch": "64", "gpu": "a100_80gb", "n_gpus": "8",
     "precision": "amp_bf16", "sharding": "FULL_SHARD", "activation_ckpt": "False", "activation_cpu_offload": "False",
-    "throughput_tokens_s": "160000", "throughput_tokens_s_gpu": "20000", "status": "measured",
+    "throughput_tokens_s": "160000", "throughput_tokens_s_gpu": "20000", "throughput_samples_s": "0", "status": "measured",
 }  # fmt: skip
 
 SHAPE = {
@@ -91,10 +91,11 @@ def test_cells_that_follow_from_others_may_be_empty(tmp_path: Path, monkeypatch:
         {}, {"throughput_tokens_s_gpu": ""}, {"grad_accum": ""}, {"micro_batch": ""}, {"sharding": "", "n_gpus": "1"},
         {"activation_cpu_offload": ""}, {"kind": "lora"}, {"grad_accum": "", "global_batch": ""},
         {"precision": "NF4"}, {"precision": "bf16-mixed", "n_gpus": "8.0"},
+        {"throughput_tokens_s_gpu": "", "throughput_tokens_s": "", "throughput_samples_s": "78.125"},
     ]  # fmt: skip
     rows = run(tmp_path, monkeypatch, changes)["rows"]
     plain = rows[0]
-    for place in (1, 2, 3, 5, 9):
+    for place in (1, 2, 3, 5, 9, 10):
         assert rows[place]["predicted"] == plain["predicted"], changes[place]
         assert rows[place]["measured"] == plain["measured"], changes[place]
         assert rows[place]["assumed"] == []
@@ -113,7 +114,8 @@ def test_a_row_that_cannot_be_reproduced_is_left_out_with_its_reason(
         ({"seq_len": "0"}, "whole number"), ({"seq_len": "8192"}, "beyond the model's 4096"),
         ({"micro_batch": "", "global_batch": ""}, "micro_batch is not stated"),
         ({"micro_batch": "", "global_batch": "7"}, "no multiple"),
-        ({"throughput_tokens_s_gpu": "", "throughput_tokens_s": ""}, "no tokens a second"),
+        ({"throughput_tokens_s_gpu": "", "throughput_tokens_s": "", "throughput_samples_s": ""}, "no tokens a second"),
+        ({"throughput_tokens_s_gpu": "", "throughput_tokens_s": ""}, "throughput_samples_s '0'"),
         ({"throughput_tokens_s_gpu": "fast"}, "'fast'"), ({"throughput_tokens_s_gpu": "-3"}, "'-3'"),
         ({"throughput_tokens_s_gpu": "nan"}, "'nan'"), ({"model": ""}, "no configuration"),
         ({"model": "../../etc/passwd"}, "passwd"), ({"model": "no-such-7b"}, "no-such-7b"),
