@@ -36,7 +36,8 @@ SOUND = {
     "id": "1", "source": "here", "model": "owner/our-llama-chat", "kind": "LoRA fine-tuning (r=8)", "seq_len": "2048",
     "micro_batch": "4", "grad_accum": "2", "global_batch": "64", "gpu": "a100_80gb", "n_gpus": "8",
     "precision": "amp_bf16", "sharding": "FULL_SHARD", "activation_ckpt": "False", "activation_cpu_offload": "False",
-    "throughput_tokens_s": "160000", "throughput_tokens_s_gpu": "20000", "throughput_samples_s": "0", "status": "measured",
+    "throughput_tokens_s": "160000", "throughput_tokens_s_gpu": "20000", "throughput_samples_s": "0",
+    "status": "measured",
 }  # fmt: skip
 
 SHAPE = {
