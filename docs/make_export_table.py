@@ -80,8 +80,8 @@ What the tools were read from: {versions}. Whether their parsers accept what is 
 
 Of 157 recipes for each (22 architectures, every method and setting changed one at a time), TRL's, LLaMA-Factory's and
 Unsloth's parsers accept all 157 and read every key back as it was written, but for one: LLaMA-Factory takes one token
-off `cutoff_len` when it packs. Where a parser asks for a GPU, the questions were answered as by an A100 (151 of TRL's, 152 of
-LLaMA-Factory's). `python benchmarks/export/accept.py --json OUT`; axolotl and torchtune have not been counted yet.
+off `cutoff_len` when it packs. Where a parser asks for a GPU, its questions were answered as by an A100 (151 of TRL's,
+152 of LLaMA-Factory's). `python benchmarks/export/accept.py --json OUT`; axolotl and torchtune are not counted yet.
 
 Three things that a table does not show:
 
