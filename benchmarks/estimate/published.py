@@ -22,14 +22,14 @@ import argparse
 import csv
 import json
 import re
-import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import summary_of
 from published_rows import Row, Unusable, metric_of, published_gb
 from published_settings import load_configs, setting_of
 from transformers.utils import logging as transformers_logging
@@ -84,18 +84,12 @@ def check_trainable(row: Row, num_trainable: int) -> None:
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the figures of some rows; errors are relative to what was published."""
     used = [row for row in rows if row.reason is None]
-    errors = [row.error for row in used]
-    sizes = sorted(map(abs, errors))
-    return {
-        "rows_used": len(used),
-        "rows_left_out": len(rows) - len(used),
-        "median_error": statistics.median(sizes) if sizes else None,
-        "p90_error": sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))] if sizes else None,
-        "worst_error": sizes[-1] if sizes else None,
-        "bias": statistics.mean(errors) if errors else None,
-        "under_predictions": sum(error < 0 for error in errors),
-        "under_predictions_beyond_margin": sum(row.is_beyond_margin for row in used),
-    }
+    return summary_of([row.error for row in used], len(rows) - len(used))
+
+
+def beyond_margin(rows: Sequence[Row]) -> int:
+    """Return how many rows would have run out of memory in spite of the planner's safety margin."""
+    return sum(row.reason is None and row.is_beyond_margin for row in rows)
 
 
 def show(source: str, rows: Sequence[Row]) -> None:
@@ -114,17 +108,18 @@ def show(source: str, rows: Sequence[Row]) -> None:
             reasons[row.reason] += 1
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"  left out {count:3}: {reason}")
-    print("  " + _figures(summarize(rows)))
+    print("  " + _figures(rows))
 
 
-def _figures(summary: dict[str, Any]) -> str:
+def _figures(rows: Sequence[Row]) -> str:
+    summary = summarize(rows)
     counts = f"{summary['rows_used']} rows used, {summary['rows_left_out']} left out"
     if not summary["rows_used"]:
         return counts
     return (
         f"{counts}: median error {summary['median_error']:.1%}, 90 % under {summary['p90_error']:.1%}, worst "
         f"{summary['worst_error']:.1%}, bias {summary['bias']:+.1%}; {summary['under_predictions']} predicted too low, "
-        f"{summary['under_predictions_beyond_margin']} by more than the safety margin of {SAFETY_MARGIN:.0%}"
+        f"{beyond_margin(rows)} by more than the safety margin of {SAFETY_MARGIN:.0%}"
     )
 
 
@@ -165,14 +160,19 @@ def main() -> int:
             row.reason = f"broken: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for source, members in sources.items():
         show(source, members)
-    summary = summarize(rows)
+    reasons = Counter(row.reason for row in rows if row.reason is not None)
     result = {
         "command": "benchmarks/estimate/published.py " + " ".join(sys.argv[1:]),
         "torch": torch.__version__,
         "fragmentation": FRAGMENTATION,
         "safety_margin": SAFETY_MARGIN,
-        "summary": summary,
-        "sources": {source: summarize(members) for source, members in sources.items()},
+        "summary": summarize(rows),
+        "under_predictions_beyond_margin": beyond_margin(rows),
+        "left_out_because": dict(reasons.most_common()),
+        "sources": {
+            source: summarize(members) | {"under_predictions_beyond_margin": beyond_margin(members)}
+            for source, members in sources.items()
+        },
         "metrics": {
             metric: summarize([row for row in rows if row.metric == metric and row.reason is None])
             for metric in sorted({row.metric for row in rows if row.reason is None})
@@ -181,7 +181,7 @@ def main() -> int:
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("\nall sources: " + _figures(summary))
+    print("\nall sources: " + _figures(rows))
     return 0
 
 

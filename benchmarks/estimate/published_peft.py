@@ -17,7 +17,7 @@ from tunewise.layers.lora import LoRALinear
 from tunewise.layers.loss import whole_loss
 from tunewise.methods import Peft, Precision
 from tunewise.methods.method import Run
-from tunewise.recipe import Fidelity, Method, Slot
+from tunewise.recipe import Fidelity, Method, Recipe, Slot
 from tunewise.workload.batches import IGNORED, MicroBatch
 
 KINDS = {str(kind.value): make for kind, make in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -30,6 +30,7 @@ IN_BASE_DTYPE = ("ADAPTION_PROMPT", "LN_TUNING")
 """Kinds whose numbers the library leaves in the base model's dtype; those of all others it makes fp32."""
 
 EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "adalora--llama-3.2-3B-rank32": {"init_r": 64, "target_r": 32, "total_step": 5000, "tinit": 200, "tfinal": 500},
     "c3a--llama-3.2-3B-default": {"block_size": 64},
     "deft--llama-3.2-3B-rank32-para": {"decomposition_method": "qr", "para": True},
     "fourierft--llama-3.2-3B-n_frequency-5000": {"n_frequency": 5000},
@@ -95,6 +96,22 @@ def peft_method(kind: str, rank: int | None, targets: list[str], path: str, conf
     elif "target_modules" in fields and targets:
         options["target_modules"] = targets
     return Peft(kind=kind, options=options | EXPERIMENTS.get(PurePosixPath(path).stem, {}))
+
+
+class LibraryLoRA(Peft):
+    """A variant of LoRA as the library computes it; the method `peft` leaves LoRA to ours."""
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """Allow what `peft` refuses for being built in."""
+        del recipe
+        return None
+
+
+def library_dora(rank: int, dropout: float, targets: list[str] | str) -> LibraryLoRA:
+    """Return DoRA of the layers called `targets`, or of all ("all-linear")."""
+    return LibraryLoRA(
+        kind="LORA", options={"r": rank, "lora_dropout": dropout, "use_dora": True, "target_modules": targets}
+    )
 
 
 class LibraryAdapters(Method):

@@ -5,11 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from published_litgpt import EarlyBitsandbytes, FusedLoRA, OwnAttention
-from published_peft import IN_BASE_DTYPE, LibraryAdapters, LossOfAllPositions, is_rewritten, kind_of, peft_method
+from published_peft import (
+    IN_BASE_DTYPE,
+    LibraryAdapters,
+    LossOfAllPositions,
+    is_rewritten,
+    kind_of,
+    library_dora,
+    peft_method,
+)
 from published_rows import Row, Unusable
 from published_stacks import Stack, stack_of
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -27,6 +35,7 @@ from tunewise.methods import (
     Freeze,
     Lion,
     LoRA,
+    LoRAFA,
     PagedAdamW8bit,
     Peft,
     Precision,
@@ -40,14 +49,30 @@ OPTIMIZERS: dict[str, Method] = {
     "adamw": AdamW(), "adamw_torch": AdamW(), "adamw_torch_fused": AdamW(), "adamw_hf": AdamW(),
     "adamw8bit": AdamW8bit(), "adamw_8bit": AdamW8bit(), "adamw_bnb_8bit": AdamW8bit(),
     "paged_adamw_8bit": PagedAdamW8bit(), "pagedadamw8bit": PagedAdamW8bit(),
-    "adafactor": Adafactor(), "sgd": SGD(), "lion": Lion(),
+    "adafactor": Adafactor(), "sgd": SGD(), "lion": Lion(), "lora-fa": AdamW(),
 }  # fmt: skip
 
 METHODS = {
-    "lora": "lora", "qlora": "lora", "rslora": "lora", "lora+": "lora", "lora +rslora": "lora", "full": "full",
+    "lora": "lora", "qlora": "lora", "rslora": "lora", "lora+": "lora", "lora +rslora": "lora", "lora +dora": "dora",
+    "dora": "dora", "full": "full",
     "full fine-tuning": "full", "full finetuning": "full", "sft full": "full", "ln_tuning": "norms",
 }  # fmt: skip
-"""Published names; all of lora's variants here have the same tensors."""
+"""Published names; all of lora's variants here have the same tensors, but "dora"."""
+
+OWN_SHAPES: dict[str, dict[str, Any]] = {
+    "stablelm-base-alpha-3b": {
+        "model_type": "gpt_neox", "vocab_size": 50688, "hidden_size": 4096, "intermediate_size": 16384,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "max_position_embeddings": 4096, "rotary_pct": 0.25,
+        "use_parallel_residual": True, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Shapes that no file is there for, by normal name; from litgpt/config.py, its padded vocabulary."""
+
+OTHER_HARDWARE = re.compile(
+    r"\b(tpu|trainium\d?|trn\d|inferentia\d?|gaudi\d?|hpu|ipu|ascend|npu|apple|mps|m[1-5]( (pro|max|ultra))?|cpu|xeon|"
+    r"epyc)\b"
+)
+"""What is no GPU that runs CUDA or ROCm, whose allocator and kernels the prediction is of."""
 
 TARGETS = {
     "q": ("q_proj", "query_key_value", "qkv_proj", "c_attn"), "k": ("k_proj", "query_key_value", "qkv_proj", "c_attn"),
@@ -101,11 +126,8 @@ def setting_of(row: Row, configs: dict[str, Path]) -> Setting:
         Unusable: something is not stated, or is no recipe of ours.
     """
     _check_conditions(row)
-    path = configs.get(normal_name(row.text("model")))
-    if path is None:
-        raise Unusable(f"no configuration of the model '{row.text('model')}'")
+    config = _config_of(row.text("model"), configs)
     stack = stack_of(row.text("repo"))
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
     if stack.is_tied is not None:
         config.tie_word_embeddings = stack.is_tied
     if stack.has_fused_gelu and getattr(config, "hidden_act", None) == "gelu_new":
@@ -138,12 +160,23 @@ def setting_of(row: Row, configs: dict[str, Path]) -> Setting:
     return Setting(config, completed, CUDA_HOPPER if is_hopper else CUDA, shapes)
 
 
+def _config_of(model: str, configs: dict[str, Path]) -> PretrainedConfig:
+    name = normal_name(model)
+    if name in configs:
+        return AutoConfig.from_pretrained(configs[name], local_files_only=True)
+    if name in OWN_SHAPES:
+        return AutoConfig.for_model(**OWN_SHAPES[name])
+    raise Unusable(f"no configuration of the model '{model}'" if model else "the model is not stated")
+
+
 def _check_conditions(row: Row) -> None:
     status, everything = row.text("status"), f"{row.text('conditions')} {row.text('seq_note')}".lower()
     if status != "measured":
         raise Unusable(f"status '{status}', not measured")
     if not re.fullmatch(r"1(\.0+)?", row.text("n_gpus")) or row.text("parallelism"):
         raise Unusable(f"not one GPU alone (n_gpus '{row.text('n_gpus')}', parallelism '{row.text('parallelism')}')")
+    if OTHER_HARDWARE.search(row.text("gpu").lower()):
+        raise Unusable(f"'{row.text('gpu')}' is no GPU that runs CUDA or ROCm")
     if re.search(r"\bcompile\b(?!:? (false|no|off))", everything):
         raise Unusable("torch.compile, which no recipe has")
     for word in ("offload", "unsloth", "liger"):
@@ -208,20 +241,26 @@ def _adapter(row: Row, kind: str, config: PretrainedConfig, stack: Stack) -> lis
         made = peft_method(kind_of(row.text("method")) or "", size, names, row.text("path"), config)
         return [made, LibraryAdapters(autocasts=stack.autocasts)]
     rank, words = row.number("adapter_rank"), [word.lower() for word in words]
+    make = LoRAFA if row.text("optimizer").lower() == "lora-fa" else LoRA
     if not words:
         raise Unusable("adapter_targets are not stated")
     layers: Method = LibraryAdapters(autocasts=stack.autocasts)
     if stack.is_litgpt:
         layers = FusedLoRA(num_parts=len({"q", "k", "v"} & set(words)))
     if row.text("adapter_targets").lower() in ("all-linear", "all linear", "all_linear", "all"):
-        return [LoRA(rank=rank, dropout=stack.lora_dropout), layers]
+        if kind == "dora":
+            return [library_dora(rank, stack.lora_dropout, "all-linear"), layers]
+        return [make(rank=rank, dropout=stack.lora_dropout), layers]
     targets: list[str] = []
     for word in words:
         meant = _layers_called(word, config)
         if not meant:
             raise Unusable(f"adapter_targets '{word}': no such layer in a {config.model_type}")
         targets += meant
-    return [LoRA(rank=rank, dropout=stack.lora_dropout, target_modules=tuple(dict.fromkeys(targets))), layers]
+    targets = list(dict.fromkeys(targets))
+    if kind == "dora":
+        return [library_dora(rank, stack.lora_dropout, targets), layers]
+    return [make(rank=rank, dropout=stack.lora_dropout, target_modules=tuple(targets)), layers]
 
 
 def _layers_called(word: str, config: PretrainedConfig) -> list[str]:
@@ -239,7 +278,7 @@ def _quantization(row: Row, kind: str, stack: Stack) -> list[Method]:
     text = row.text("quantization").lower()
     if not text and "qlora" not in row.text("method").lower():
         return []
-    if kind != "lora":
+    if kind != "lora":  # "dora" over packed weights unpacks them for its norms, which nobody has compared
         raise Unusable(f"quantization '{text}' with the method '{row.text('method')}'")
     found = re.search(r"nf4|fp4", text)
     if found is None and text and not re.fullmatch(r"(int4|4-?bit) \(bnb\)", text):

@@ -5,6 +5,7 @@ python benchmarks/export/accept.py --json OUT [--cache DIR] [--peers trl,axolotl
 Each tool is installed into an environment of its own (kept under --cache), a spread of recipes (`cases.py`) is written
 as its configuration, and its own parser reads every file (`parsers.py`): TRL's `TrlParser`, axolotl's `load_cfg`,
 LLaMA-Factory's `get_train_args`, torchtune's `tune validate`, Unsloth's `load_config`. Nothing is trained.
+Other tools that OUT holds already are kept, so that they can be tried one after another.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main() -> None:
     out, cache = arguments.json.resolve(), arguments.cache.resolve()
     if not cases.CONFIGS.is_dir():
         raise SystemExit(f"{cases.CONFIGS} is not there; the shapes of the models are read from it.")
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(out.read_text())["tools"] if out.is_file() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.chdir(folder)
@@ -91,15 +92,18 @@ def main() -> None:
             results[peer] = check(peer, folder, cache)
             shown = {key: results[peer].get(key) for key in ("version", "configs", "accepted", "refused")}
             print(f"{PEERS[peer].name}: {shown}", flush=True)
+            write(out, results)
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """Write what is known of all tools so far."""
     summary = {
         "tools": len(results),
-        "configs": sum(each["configs"] for each in results.values()),
-        "accepted": sum(each["accepted"] for each in results.values()),
-        "refused": sum(each["refused"] for each in results.values()),
+        **{key: sum(each[key] for each in results.values()) for key in ("configs", "accepted", "refused")},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"summary": summary, "tools": results}, indent=1) + "\n")
-    print(summary)
+    print(summary, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ ENVIRONMENTS = {
             (
                 "transformers==5.16.1", "peft==0.20.0", "accelerate==1.13.0", "datasets==4.8.4", "pydantic==2.12.5",
                 "huggingface_hub==1.17.0", "tokenizers==0.23.1", "addict", "art", "backoff", "colorama", "distro",
-                "einops", "fire", "numba<1", "python-dotenv==1.0.1", "requests", "schedulefree==1.4.1", "scipy",
+                "einops", "fire", "numba<1", "python-dotenv==1.0.1", "requests", "schedulefree==1.4.1", "scipy", "six",
                 "tensorboard", "typer==0.25.1",
             ),
         )

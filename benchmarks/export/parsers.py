@@ -129,7 +129,7 @@ def _check_keys_of_recipe(name: str, found: dict[Any, Any]) -> None:
     package = importlib.util.find_spec("recipes")  # it refuses to be imported
     assert package is not None
     assert package.origin is not None
-    source = (Path(package.origin).parent / f"{name}.py").read_text()
+    source = re.sub(r"#.*", "", (Path(package.origin).parent / f"{name}.py").read_text())
     needed = set(re.findall(r"\bcfg\.(?!get\b|metric_logger\b)(\w+)", source))
     known = needed | set(re.findall(r"cfg\.get\(\s*\"(\w+)\"", source)) | {"metric_logger", "profiler", "loss"}
     absent, foreign = sorted(needed - set(found)), sorted(set(found) - known)

@@ -7,7 +7,8 @@
 `correctness`: loss and gradients of every method and pair of the laws on the device, in fp32, against plain eager
 attention on the same device. `memory`: the dry run's peak against `max_memory_allocated` and `max_memory_reserved`.
 `speed`: tokens/s and the share of the measured bf16 matmul ceiling, for LoRA, QLoRA and full fine-tuning of true shapes
-with random weights. Each stage writes `STAGE.json` with versions and date. `--device cpu --tiny` runs all of it on
+with random weights, and the roofline's time of the same step. Each stage writes `STAGE.json` with versions and date; a
+stage begins no case after eight minutes and says how many it has not reached. `--device cpu --tiny` runs all of it on
 small shapes where there is no GPU, to try the script; its numbers mean nothing.
 """
 
@@ -38,7 +39,7 @@ from tests.laws.test_same_gradients import (  # noqa: E402 - the laws are where 
 )
 
 from tunewise.engine.build import build  # noqa: E402
-from tunewise.engine.device_profile import CPU, CUDA, CUDA_HOPPER  # noqa: E402
+from tunewise.engine.device_profile import CPU, CUDA, CUDA_HOPPER, DeviceProfile  # noqa: E402
 from tunewise.engine.dry_run import BatchShape, dry_run  # noqa: E402
 from tunewise.engine.run_folder import versions  # noqa: E402
 from tunewise.engine.step import (  # noqa: E402
@@ -49,13 +50,18 @@ from tunewise.engine.step import (  # noqa: E402
     update,
 )
 from tunewise.errors import TunewiseError  # noqa: E402
+from tunewise.machine.machine import Machine  # noqa: E402
 from tunewise.machine.probe import measure_machine  # noqa: E402
 from tunewise.methods import complete  # noqa: E402
 from tunewise.methods.method import Run  # noqa: E402
 from tunewise.methods.precision import Precision  # noqa: E402
 from tunewise.methods.reading import recipe_from_mapping  # noqa: E402
+from tunewise.planner.roofline import launch_seconds, seconds_of  # noqa: E402
 from tunewise.recipe import Recipe  # noqa: E402
 from tunewise.workload.model import random_model  # noqa: E402
+
+MOST_SECONDS = 480.0
+"""No case begins after so long, so that a stage is over before nine minutes are and what it has found is written."""
 
 SHAPES: dict[str, dict[str, int]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
@@ -133,12 +139,30 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+class Clock:
+    """Says whether there is time for another case, and counts those for which there was none."""
+
+    def __init__(self) -> None:
+        self.began, self.not_reached = time.perf_counter(), 0
+
+    def has_time(self) -> bool:
+        """Ask before each case."""
+        if time.perf_counter() - self.began < MOST_SECONDS:
+            return True
+        self.not_reached += 1
+        return False
+
+
 def correctness(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     """Every method alone and in pairs against the plain run on the same device."""
-    rows = []
+    rows, clock = [], Clock()
     for problem in list(PROBLEMS)[: 2 if is_tiny else None]:
+        if not clock.has_time():
+            continue
         reference = loss_and_gradients(make_run(PROBLEMS[problem], 7, device=device))
         for combination in COMBINATIONS[: 3 if is_tiny else None]:
+            if not clock.has_time():
+                continue
             methods = (*PROBLEMS[problem], *(SAME[name] for name in combination))
             loss, found = loss_and_gradients(make_run(methods, 2, device=device))
             scale = max(float(gradient.norm()) for gradient in reference[1].values())
@@ -149,20 +173,27 @@ def correctness(device: torch.device, is_tiny: bool) -> dict[str, Any]:
             loss_error = abs(loss / reference[0] - 1)
             rows.append({"case": f"{problem}: {'+'.join(combination)}", "loss": loss_error, "gradient": worst})
     failed = [row for row in rows if max(row["loss"], row["gradient"]) > 1e-4]
-    return {"summary": {"cases": len(rows), "failed": len(failed)}, "failed": failed, "rows": rows}
+    summary = {"cases": len(rows), "failed": len(failed), "not_reached": clock.not_reached}
+    return {"summary": summary, "failed": failed, "rows": rows}
+
+
+def profile_of_device(device: torch.device) -> DeviceProfile:
+    if device.type != "cuda":
+        return CPU
+    return CUDA_HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else CUDA
 
 
 def memory(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     """The dry run's peak against what the device's allocator counted."""
-    profile = CPU
-    if device.type == "cuda":
-        profile = CUDA_HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else CUDA
+    profile, clock = profile_of_device(device), Clock()
     rows, left_out = [], []
     for shape in ("tiny",) if is_tiny else ("1B", "3B", "8B"):
         for kind in KINDS:
             for variant in VARIANTS:
                 for tokens in (512,) if is_tiny else (2048, 4096):
                     case = f"{shape} {kind} {variant} {tokens}"
+                    if not clock.has_time():
+                        continue
                     try:
                         rows.append({"case": case, **_memory_row(shape, kind, variant, tokens, device, profile)})
                     except (TunewiseError, torch.OutOfMemoryError) as error:
@@ -171,13 +202,17 @@ def memory(device: torch.device, is_tiny: bool) -> dict[str, Any]:
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
     errors = [abs(row["error"]) for row in rows if row["error"] is not None]
-    summary = {"rows_used": len(rows), "rows_left_out": len(left_out)}
+    summary: dict[str, Any] = {"rows_used": len(rows), "rows_left_out": len(left_out), "not_reached": clock.not_reached}
     if errors:
         summary |= {"median_error": statistics.median(errors), "worst_error": max(errors)}
+        reserved = [abs(row["predicted_bytes"] / row["reserved_bytes"] - 1) for row in rows]
+        summary |= {"median_error_of_reserved": statistics.median(reserved), "worst_error_of_reserved": max(reserved)}
     return {"summary": summary, "rows": rows, "left_out": left_out}
 
 
-def _memory_row(shape: str, kind: str, variant: str, tokens: int, device: torch.device, profile: Any) -> dict[str, Any]:
+def _memory_row(
+    shape: str, kind: str, variant: str, tokens: int, device: torch.device, profile: DeviceProfile
+) -> dict[str, Any]:
     recipe, batch = recipe_of(shape, kind, variant, device), batch_of(tokens)
     estimate = dry_run(recipe, config_of(shape), profile.kind, batch, profile=profile)
     row: dict[str, Any] = {"predicted_bytes": estimate.peak_bytes, "error": None}
@@ -197,10 +232,13 @@ def speed(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     """Tokens/s, median of timed steps after warm-up, and the share of the measured matmul ceiling."""
     machine = measure_machine(seconds=3 if is_tiny else 20, device=device.type)
     ceiling = machine.flops_per_second["bf16"]
-    rows = []
+    rows, clock = [], Clock()
     for shape in ("tiny",) if is_tiny else ("1B", "8B"):
         for kind in ("lora",) if is_tiny else ("lora", "qlora") if shape == "8B" else tuple(KINDS):
+            if not clock.has_time():
+                continue
             recipe, batch = recipe_of(shape, kind, "plain", device), batch_of(512 if is_tiny else 4096)
+            roofline = roofline_seconds(recipe, shape, batch, machine, device)
             run = build_run(recipe, shape, device)
             optimizer = run.make_optimizer(parameter_groups(run))
             seconds = []
@@ -217,12 +255,23 @@ def speed(device: torch.device, is_tiny: bool) -> dict[str, Any]:
             passes = 6 if kind == "full" else 4  # a frozen weight has no gradient of its own
             share = None if kind == "qlora" else passes * weights * tokens / median / ceiling
             row = {"case": f"{shape} {kind}", "tokens_per_second": tokens / median, "share_of_ceiling": share}
-            rows.append({**row, "seconds": seconds})
+            rows.append({**row, "roofline_seconds": roofline, "over_roofline": median / roofline, "seconds": seconds})
             del run, optimizer
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return {"summary": {"bf16_ceiling_flops": ceiling, "rows": len(rows)}, "rows": rows}
+    over = statistics.median(row["over_roofline"] for row in rows)
+    summary = {"bf16_ceiling_flops": ceiling, "rows": len(rows), "not_reached": clock.not_reached}
+    return {"summary": summary | {"median_over_roofline": over}, "rows": rows}
+
+
+def roofline_seconds(recipe: Recipe, shape: str, batch: BatchShape, machine: Machine, device: torch.device) -> float:
+    """What a plan says about the step before any correction; the host launches ahead of a GPU, not of a CPU."""
+    profile = profile_of_device(device)
+    found = seconds_of(dry_run(recipe, config_of(shape), profile.kind, batch, profile=profile).work, machine)
+    busy = found.linear + found.attention + found.update
+    host = (found.calls + found.update_calls) * launch_seconds(machine)
+    return max(busy, host) if device.type == "cuda" else busy + host
 
 
 STAGES = {"correctness": correctness, "memory": memory, "speed": speed}

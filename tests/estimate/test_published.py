@@ -33,6 +33,8 @@ def _load() -> ModuleType:
 
 benchmark = _load()
 
+KEYS = {"rows_used", "rows_left_out", "median_error", "p90_error", "worst_error", "bias", "under_predictions"}
+
 SOUND = {
     "id": "1", "source": "here", "model": "owner/Tiny-Llama-Instruct", "method": "lora", "adapter_rank": "8",
     "adapter_targets": "q_proj+v_proj", "base_precision": "bf16", "optimizer": "AdamW", "micro_batch": "2",
@@ -58,6 +60,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, st
     monkeypatch.setattr(sys, "argv", arguments)
     assert benchmark.main() == 0
     result: dict[str, Any] = json.loads(out.read_text())
+    assert set(result["summary"]) == KEYS
     return result
 
 
@@ -109,13 +112,19 @@ def test_odd_rows_get_a_reason_and_never_an_exception(tmp_path: Path, monkeypatc
         ({"n_gpus": "½"}, "'½'"), ({"gpu": "Äther\x00"}, None), ({"model": "../../etc/passwd"}, "passwd"),
         ({"method": "IA3", "adapter_targets": "q_proj+nowhere"}, None),
         ({"method": "IA3", "adapter_targets": "nowhere"}, "does not fit"),
-        ({"method": "FROD", "adapter_rank": ""}, "no dry run"), ({"method": "adalora"}, None),
+        ({"method": "FROD", "adapter_rank": ""}, "no dry run"),
+        ({"method": "adalora"}, None),
         ({"method": "vera", "trainable_params_m": "123.4"}, "an unstated option"),
         ({"method": "vera", "trainable_params_m": "some"}, None),
         ({"method": "prompt-tuning", "adapter_rank": "20", "adapter_targets": ""}, None),
         ({"method": "full", "quantization": "nf4"}, "nf4"), ({"adapter_rank": "100000"}, None),
         ({"mem_metric": "max_memory_reserved", "seq_note": "padded to the longest of the batch"}, "varying lengths"),
         ({"repo": "pytorch/torchtune", "mem_metric": "peak per GPU"}, None), ({"mem_metric": "peak per GPU"}, "metric"),
+        ({"gpu": "TPU v3-8"}, "no GPU"), ({"gpu": "Apple M2 Max"}, "no GPU"), ({"gpu": "AMD Instinct MI300X"}, None),
+        ({"model": ""}, "the model is not stated"), ({"method": "dora"}, None), ({"method": "LoRA +DoRA"}, None),
+        ({"method": "dora", "quantization": "nf4"}, "nf4"), ({"optimizer": "lora-fa"}, None),
+        ({"method": "dora", "adapter_targets": "all-linear"}, None), ({"grad_accum": "x"}, "'x'"),
+        ({"model": "stabilityai/stablelm-base-alpha-3b", "adapter_targets": "q+v", "repo": "x/litgpt"}, None),
         ({"peak_mem_gb": "", "peak_mem_value": "512", "peak_mem_unit": "MiB"}, None), ({"n_gpus": "1.0"}, None),
     ]  # fmt: skip
     result = run(tmp_path, monkeypatch, [{**row, **change} for change, _ in changes])

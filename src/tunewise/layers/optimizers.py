@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunewise.errors import MissingBackend
+from tunewise.layers.bitsandbytes_library import import_bitsandbytes
 
 _NESTED_STATE = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes hides its quantized states from FSDP in `state_dict()`."""
@@ -158,12 +158,9 @@ def adamw_8bit(groups: Any, betas: tuple[float, float], eps: float, *, is_paged:
     Raises:
         MissingBackend: bitsandbytes is not installed.
     """
-    try:
-        from bitsandbytes.optim import AdamW
-    except ImportError:
-        raise MissingBackend("bitsandbytes", "an 8-bit optimizer", "quantize") from None
+    library = import_bitsandbytes("an 8-bit optimizer")
 
-    class FlatStateAdamW(AdamW):
+    class FlatStateAdamW(library.optim.AdamW):  # type: ignore[misc, name-defined]
         """bitsandbytes' optimizer with tensors directly in each parameter's state."""
 
         def state_dict(self) -> dict[str, Any]:

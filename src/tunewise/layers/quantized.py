@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from tunewise.errors import MissingBackend
+from tunewise.layers.bitsandbytes_library import import_bitsandbytes
 from tunewise.layers.linear import (
     PackedLinear,
     compute_dtype,
@@ -104,7 +104,7 @@ class FourBitLinear(QuantizedLinear):
             MissingBackend: bitsandbytes is not installed.
         """
         super().__init__(layer)
-        bitsandbytes = _import_bitsandbytes()
+        bitsandbytes = import_bitsandbytes("4-bit quantization")
         self.kind, self.block_size = kind, block_size
         weight_OI = weight_of(layer).detach()
         num_blocks = -(-weight_OI.numel() // block_size)
@@ -197,15 +197,6 @@ def quantize_linear(
         MissingBackend: nf4 or fp4 without bitsandbytes.
     """
     return Int8Linear(layer) if kind == "int8" else FourBitLinear(layer, kind, block_size, double_quant)
-
-
-def _import_bitsandbytes() -> Any:
-    """Import bitsandbytes, which registers its operators with torch."""
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise MissingBackend("bitsandbytes", "4-bit quantization", "quantize") from None
-    return bitsandbytes
 
 
 @torch.library.custom_op("tunewise::dequantize_absmax", mutates_args=())

@@ -38,9 +38,10 @@ class Quantize(Method):
         double_quant: whether the scales of 4-bit blocks are stored in 8 bits; None means yes. For nf4 and fp4.
         block_size: weights that share a scale; None means 64, and 32 for int4, int3 and int2. Not for int8.
         compute: "dequantize" multiplies with the unpacked weight; "int8" (with kind int8, on a CPU) multiplies in 8
-            bits: the rows of the inputs are rounded as well, forward and for the inputs' gradients (W8A8, as SwitchBack),
-            up to twice as fast as bf16 where the processor has AVX-512 VNNI and 'fused' compiles its kernels. What an
-            adapter computes itself keeps its precision, and an output head is unpacked: its gradient rounds badly.
+            bits: the rows of the inputs are rounded as well, forward and for the inputs' gradients (W8A8, as
+            SwitchBack), up to twice as fast as bf16 where the processor has AVX-512 VNNI and 'fused' compiles its
+            kernels. What an adapter computes itself keeps its precision, and an output head is unpacked: its gradient
+            rounds badly.
         skip_modules: name endings of layers that keep their precision; "lm_head" means the output head.
     """
 

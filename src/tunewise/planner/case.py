@@ -23,7 +23,7 @@ from tunewise.planner.load import Load
 from tunewise.planner.predict import Prediction, Predictor, profile_of
 from tunewise.planner.space import Wishes
 from tunewise.recipe import OWN_SOURCES, Fidelity, Recipe
-from tunewise.units import parse_bytes, parse_seconds
+from tunewise.units import format_bytes, parse_bytes, parse_seconds
 from tunewise.workload.batches import GlobalBatches
 from tunewise.workload.general_text import DEFAULT
 from tunewise.workload.model import context_length, load_config, load_tokenizer
@@ -102,7 +102,10 @@ def settle(question: Question) -> Case:
     if question.memory is not None:
         usable = min(usable, parse_bytes(question.memory) - profile.context_bytes)
     if usable <= 0:
-        raise InputError(f"memory: {question.memory} is less than the device's own context takes.")
+        raise InputError(
+            f"memory: {question.memory} is less than the device's own context takes "
+            f"({format_bytes(profile.context_bytes)}). A number without a unit counts bytes; write 24GB."
+        )
     if (question.time is not None or question.cost is not None) and load.num_steps is None:
         raise InputError(
             "A limit of time or cost needs to know how long the run is: give --data, or --documents with --length."

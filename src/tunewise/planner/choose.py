@@ -59,11 +59,16 @@ class Limits:
         """What a plan may take."""
         return int(self.usable_bytes * (1 - SAFETY_MARGIN))
 
-    def exceeded(self, prediction: Prediction) -> str | None:
-        """Say which limit of time or cost is broken, or return None."""
+    @property
+    def are_of_the_run(self) -> bool:
+        """Whether time or money is limited."""
+        return self.time_seconds is not None or self.cost is not None
+
+    def exceeded(self, step_seconds: float) -> str | None:
+        """Say which limit of time or cost is broken by steps of so many seconds, or return None."""
         if self.run_steps is None:
             return None
-        seconds = prediction.step_seconds.middle * self.run_steps
+        seconds = step_seconds * self.run_steps
         if self.time_seconds is not None and seconds > self.time_seconds:
             return f"takes {format_seconds(seconds)}, more than {format_seconds(self.time_seconds)}"
         if self.cost is not None and self.price_per_hour is not None:
@@ -179,11 +184,21 @@ class _Search:
         return whole_step or rows.largest_micro_batch >= EFFICIENT_POSITIONS
 
     def _hopeless(self, choice: Choice) -> str | None:
-        """Find reasons that cost little: weights, a state, or a relative that needs less and does not fit."""
+        """Find reasons that cost little: weights, a state, or a relative that needs less and does not fit.
+
+        Full fine-tuning is asked about time before it is predicted, where an adapter needs less memory anyway: its
+        traces would serve nothing, while the adapter's serve the nearest recipe that is looked for when nothing keeps
+        to the limits.
+        """
         limit = self.limits.peak_bytes
         bound, what = self.predictor.lower_bound(choice)
         if bound > limit:
             return f"{what} are {format_bytes(bound)} of {format_bytes(limit)}"
+        has_smaller = self.smallest is not None and self.smallest.choice["tuning"] is not FULL
+        if choice["tuning"] is FULL and self.limits.are_of_the_run and has_smaller:
+            exceeded = self.limits.exceeded(self.predictor.least_seconds(choice))
+            if exceeded is not None:
+                return f"without its update and with all activations kept it {exceeded}"
         if choice["tuning"] is FULL:
             state = self.predictor.state_bytes(choice)
             if state > limit:
@@ -220,7 +235,7 @@ class _Search:
             return self._too_large(prediction)
         fastest = min(each.step_seconds.middle for each in fitting)
         best = next(each for each in fitting if each.step_seconds.middle <= (1 + ALMOST_AS_FAST) * fastest)
-        exceeded = self.limits.exceeded(best)
+        exceeded = self.limits.exceeded(best.step_seconds.middle)
         if exceeded is not None:
             return exceeded
         self._fits_by_context.setdefault(choice.without_memory_methods, []).append(best)
@@ -231,7 +246,7 @@ class _Search:
         need, limit = format_bytes(prediction.peak_bytes), format_bytes(self.limits.peak_bytes)
         largest = max(prediction.kinds, key=lambda kind: prediction.kinds[kind])
         return (
-            f"needs {need} of {limit} with {prediction.micro_batch_size} rows of {prediction.rows.width} tokens; "
+            f"needs {need} of {limit} with {prediction.rows.words} of {prediction.rows.width} tokens; "
             f"{largest.name.lower()} {format_bytes(prediction.kinds[largest])}"
         )
 

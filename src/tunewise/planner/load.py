@@ -156,6 +156,11 @@ class Rows:
     supervised_share: float
 
     @property
+    def words(self) -> str:
+        """How many rows there are at once: "1 row"."""
+        return f"{self.micro_batch_size} row{'s' if self.micro_batch_size > 1 else ''}"
+
+    @property
     def largest_micro_batch(self) -> int:
         """Positions of the fullest micro-batch that can come up."""
         return self.micro_batch_size * self.width

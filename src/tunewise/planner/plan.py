@@ -135,7 +135,7 @@ def plan(
         time, cost: limits of the whole run ("2h"; in the currency of `price`).
         price: of the machine per hour.
         wanted, unwanted: names of methods that must or must not be in the recipe.
-        quality: how far the recipe may go from the plain run.
+        quality: how far the recipe may go from the plain run, which has what is `wanted`.
         num_documents: how many documents of `length` there are, so that time and cost of a run are known.
         settings: changes of the recipe, "batch.documents=32".
         measure: also time the recommended step on this machine, on shallow copies of the model with random weights.
@@ -162,7 +162,7 @@ def answer(question: Question) -> Plan:
         if question.measures:
             selection = rehearsed(case, predictor, selection)
         if selection.best is None:
-            raise nothing_fits(case, selection, processes.trace_all)
+            raise nothing_fits(case, selection, predictor)
     rows = [row_of(each, case) for each in selection.front]
     best = row_of(selection.best, case)
     note_prediction(
@@ -204,7 +204,7 @@ def explain_method(question: Question, method: str) -> Explanation:
         predictor = case.predictor(processes.trace_all)
         selection = search(case, predictor)
         if selection.best is None:
-            raise nothing_fits(case, selection, processes.trace_all)
+            raise nothing_fits(case, selection, predictor)
         return explain(method, case, predictor, selection.best)
 
 

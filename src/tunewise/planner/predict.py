@@ -168,6 +168,14 @@ class Predictor:
         small = self._footprint(choice, is_small=True)
         return max(float(lines.at(0).sum()) for name, lines in small.places.items() if _moment(name) != Moment.SAVE)
 
+    def least_seconds(self, choice: Choice) -> float:
+        """Return what a step takes at least: with all activations kept, whatever its optimizer and its micro-batch."""
+        kept = choice.replaced("checkpointing", KEPT)
+        traced = self._traced_choice(kept)
+        line = self._line(kept.replaced("optimizer", traced["optimizer"])).without_update()
+        seconds = (line.step(self.rows(choice, size), self.machine) for size in self.micro_batch_sizes(choice))
+        return min(seconds) * self._correction(choice).factor
+
     def predict(self, choice: Choice, micro_batch_size: int) -> Prediction:
         """Return what `choice` needs with `micro_batch_size` rows at once.
 
@@ -176,12 +184,8 @@ class Predictor:
         """
         rows = self.rows(choice, micro_batch_size)
         place, by_kind = self._peak(choice, rows)
-        fix = correction(
-            self.machine.name,
-            kind_of(choice.recipe(self.base, micro_batch_size)),
-            is_measured=bool(self.machine.readings),
-        )
-        roofline_seconds = self._step_seconds(choice, rows)
+        fix = self._correction(choice)
+        roofline_seconds = self._line(choice).step(rows, self.machine)
         seconds = _corrected(roofline_seconds, fix)
         tokens = self.load.tokens_per_step
         return Prediction(
@@ -282,8 +286,13 @@ class Predictor:
             changes.append((self._footprint(other, is_small=True), self._footprint(small, is_small=True)))
         return changes
 
-    def _step_seconds(self, choice: Choice, rows: Rows) -> float:
-        """Return the roofline's seconds of a global step, uncorrected."""
+    def _correction(self, choice: Choice) -> Correction:
+        """Return what the roofline's seconds of such a recipe are multiplied by."""
+        kind = kind_of(choice.recipe(self.base, 1))
+        return correction(self.machine.name, kind, is_measured=bool(self.machine.readings))
+
+    def _line(self, choice: Choice) -> TimeLine:
+        """Return the roofline's seconds of a combination, uncorrected."""
         base_choice = self._traced_choice(choice)
         reference = self._reference(base_choice)
         line = self._time_line(base_choice)
@@ -295,7 +304,7 @@ class Predictor:
             small = reference.replaced("checkpointing", ALL_BLOCKS)
             other = small.replaced("optimizer", choice["optimizer"])
             line = line + (self._time_line(other, is_small=True) - self._time_line(small, is_small=True)).only_update()
-        return line.step(rows, self.machine)
+        return line
 
     def _time_line(self, choice: Choice, *, is_small: bool = False) -> TimeLine:
         print_ = self._footprint(choice, is_small=is_small)

@@ -27,7 +27,7 @@ def reasons(selection: Selection, limits: Limits) -> list[str]:
         found.append(_faster(min(faster, key=lambda one: one.step_seconds.middle), best))
     if best.rows.micro_batches_per_step > 1:
         found.append(
-            f"A step takes {best.rows.micro_batches_per_step:.3g} micro-batches of {best.micro_batch_size} rows; "
+            f"A step takes {best.rows.micro_batches_per_step:.3g} micro-batches of {best.rows.words}; "
             "larger ones would not fit or be no faster, and what is learnt does not depend on it."
         )
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tunewise.engine.dry_run import TraceAll, one_by_one
 from tunewise.engine.tracking import Kind
 from tunewise.errors import Conflict
 from tunewise.machine.catalogue import CATALOGUE
@@ -20,6 +20,9 @@ from tunewise.units import format_bytes, format_seconds
 
 SHORTEST = 128
 """Documents are not cut to fewer tokens than this to find something that fits."""
+
+MOST_REASONS = 4
+"""So many groups of rejected combinations are named where not one could be predicted."""
 
 _WHATEVER_THE_BATCH = (Kind.WEIGHTS, Kind.ADAPTER, Kind.OPTIMIZER)
 
@@ -73,7 +76,7 @@ def _choices(failed: list[Refused], confirmed: Prediction) -> list[object]:
     return [confirmed.choice, *(each.choice for each in failed)]
 
 
-def nothing_fits(case: Case, selection: Selection, trace_all: TraceAll = one_by_one) -> NothingFits:
+def nothing_fits(case: Case, selection: Selection, predictor: Predictor) -> NothingFits:
     """Return the error that says what is missing, and the nearest recipe that fits."""
     limit = format_bytes(case.limits.peak_bytes)
     lines = [f"No combination of {selection.num_combinations} keeps to the limits on {case.machine.name} ({limit})."]
@@ -81,11 +84,14 @@ def nothing_fits(case: Case, selection: Selection, trace_all: TraceAll = one_by_
     if smallest is not None:
         need = format_bytes(smallest.peak_bytes)
         time = f" and {_times(case, smallest)}" if _times(case, smallest) else ""
-        rows = f"{smallest.micro_batch_size} row{'s' if smallest.micro_batch_size > 1 else ''}"
-        lines.append(f"The smallest, '{smallest.choice.label}', needs {need} with {rows}{time}.")
+        lines.append(f"The smallest, '{smallest.choice.label}', needs {need} with {smallest.rows.words}{time}.")
+    else:
+        groups = Counter(each.reason for each in selection.rejected).most_common(MOST_REASONS)
+        lines.append("None comes into question: " + "; ".join(f"{count} {reason}" for reason, count in groups) + ".")
     fixed = 0 if smallest is None else sum(smallest.kinds[kind] for kind in _WHATEVER_THE_BATCH)
     for changed, give_up in _ways_out(case, can_be_shorter=fixed < case.limits.peak_bytes):
-        found = search(changed, changed.predictor(trace_all))
+        is_same_work = changed.base is case.base and changed.load is case.load  # what was traced serves again
+        found = search(changed, predictor if is_same_work else changed.predictor(predictor.trace_all))
         if found.best is not None:
             best = found.best
             needs = ", ".join(filter(None, (format_bytes(best.peak_bytes), _times(changed, best))))

@@ -155,7 +155,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user wants in or out of the recipe, and how far from the plain run it may go."""
+    """What the user wants in or out of the recipe, and how far from the plain run with these methods it may go."""
 
     wanted: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
@@ -179,8 +179,10 @@ class Wishes:
         if present:
             return f"with {present[0]}, which was not wanted"
         order = list(Fidelity)
-        if order.index(choice.fidelity) > order.index(self.quality):
-            reasons = [o.label for _, o in choice.options if order.index(o.fidelity) > order.index(self.quality)]
+        # What was asked for by name is what the plan shall do exactly, not a departure from it.
+        own = [option for _, option in choice.options if not option.names or not option.names <= set(self.wanted)]
+        reasons = [option.label for option in own if order.index(option.fidelity) > order.index(self.quality)]
+        if reasons:
             return f"quality '{self.quality}' was asked for, and {', '.join(reasons)} promises less"
         return None
 
@@ -323,7 +325,8 @@ def _pointless(choice: Choice, wishes: Wishes, options: dict[Axis, tuple[Option,
             return "an adapter's gradients are too small for updates inside backward to save anything"
         if choice["precision"] is PURE:
             return "an adapter is too small for 16-bit masters to save anything"
-        if choice["precision"] is FP32 and options["precision"][0] is not FP32:
+        is_exact = wishes.quality == Fidelity.EXACT
+        if choice["precision"] is FP32 and options["precision"][0] is not FP32 and not is_exact:
             return f"a frozen base gains nothing from fp32; {options['precision'][0].label} keeps the adapter in fp32"
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tunewise.machine.machine import Machine
 from tunewise.planner.footprint import Footprint
@@ -51,6 +51,10 @@ class TimeLine:
     def only_update(self) -> TimeLine:
         """Return what belongs to the update, which no micro-batch changes."""
         return TimeLine(0.0, 0.0, 0.0, self.update, 0.0, self.update_calls)
+
+    def without_update(self) -> TimeLine:
+        """Return what belongs to the micro-batches."""
+        return replace(self, update=0.0, update_calls=0.0)
 
     def step(self, rows: Rows, machine: Machine) -> float:
         """Return the seconds of a global step; a CUDA device works while the host launches ahead."""

@@ -25,8 +25,10 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     """Print a plan."""
     console = console or Console(highlight=False)
     show, best = console.print, plan.best
-    show(f"[bold]{escape(best.recipe.model.name)}[/] on [bold]{escape(plan.machine.name)}[/], {escape(plan.run)}")
-    show(f"  [bold green]{escape(best.label)}[/], micro-batch {best.micro_batch_size} x {best.row_width} tokens")
+    name, machine = escape(best.recipe.model.name), escape(plan.machine.name)
+    show(f"[bold]{name}[/] on [bold]{machine}[/], {escape(plan.run)}", soft_wrap=True)
+    size = f"micro-batch {best.micro_batch_size} x {best.row_width} tokens"
+    show(f"  [bold green]{escape(best.label)}[/], {size}", soft_wrap=True)
     for reason in plan.reasons:
         show(f"  {escape(reason)}", soft_wrap=True)
     show(_memory_table(plan))
@@ -35,7 +37,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.speed_limits:
         shares = sorted(plan.speed_limits.items(), key=lambda item: -item[1])
         show(f"           limited by {', '.join(f'{what} {share:.0%}' for what, share in shares if share >= 0.01)}")
-    show(f"  time     {_seconds(best.run_seconds)} for {escape(plan.run)}")
+    show(f"  time     {_seconds(best.run_seconds)} for {escape(plan.run.split(', ')[0])}")
     if best.cost is not None:
         show(f"  cost     {_interval(best.cost, '{:.2f}')}")
     if best.energy_kwh is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +23,7 @@ from tunewise.engine.assemble import Plan
 from tunewise.export.result import Result
 from tunewise.machine.machine import Machine
 from tunewise.report.quality_table import show_quality
-from tunewise.units import format_bytes, format_count, format_seconds
+from tunewise.units import GIB, format_bytes, format_count, format_seconds
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.diagnosis import Diagnosis, Finding, preview
 from tunewise.workload.model import locate
@@ -219,25 +219,39 @@ def show_preview(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_records
         console.print(text)
 
 
+MACHINE_COLUMNS = ("GiB", "usable", "GB/s", "bf16", "fp32", "link", "W", "from")
+MACHINE_LEGEND = (
+    "GiB: memory, and what of it tensors can use. GB/s: its bandwidth. bf16, fp32: dense TFLOP/s.",
+    "link: GB/s of NVLink where there is one, else of PCIe, both directions. W: the power limit. From:",
+)
+
+
 def show_machines(machines: list[Machine]) -> None:
-    """Print machines as a table."""
-    table = Table("machine", "memory", "usable", "bandwidth", "bf16", "fp32", "power", "source")
+    """Print machines as a table that fits into 80 columns, and where its numbers are from."""
+    console = Console(highlight=False)
+    columns = (Column(name, justify="right", no_wrap=True) for name in MACHINE_COLUMNS)
+    table = Table(Column("machine", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    sources: dict[str, int] = {}
     for machine in machines:
         rates = machine.flops_per_second
+        link = machine.interconnect.nvlink_bytes_per_second or machine.interconnect.pcie_bytes_per_second
         table.add_row(
             machine.name,
-            format_bytes(machine.memory_bytes),
-            format_bytes(machine.usable_memory_bytes),
-            f"{machine.bandwidth_bytes_per_second / 1e9:.0f} GB/s",
-            _rate(rates.get("bf16")),
-            _rate(rates.get("fp32")),
-            f"{machine.power_watts:.0f} W" if machine.power_watts else "",
-            machine.source,
+            f"{machine.memory_bytes / GIB:.4g}",
+            f"{machine.usable_memory_bytes / GIB:.1f}",
+            f"{machine.bandwidth_bytes_per_second / 1e9:.0f}",
+            _tera(rates.get("bf16")),
+            _tera(rates.get("fp32")),
+            "-" if link is None else f"{link / 1e9:.0f}",
+            f"{machine.power_watts:.0f}" if machine.power_watts else "-",
+            f"[dim]{sources.setdefault(machine.source, len(sources) + 1)}[/]",
         )
-    Console().print(table)
+    console.print(table)
+    for sentence in MACHINE_LEGEND:
+        console.print(f"  {sentence}", soft_wrap=True)
+    for source, number in sources.items():
+        console.print(f"  [dim]{number:>3}[/]  {escape(source)}", soft_wrap=True)
 
 
-def _rate(flops: float | None) -> str:
-    if flops is None:
-        return "-"
-    return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.0f} GFLOP/s"
+def _tera(flops: float | None) -> str:
+    return "-" if flops is None else f"{flops / 1e12:.3g}"

@@ -62,7 +62,8 @@ def locate(name: str) -> str:
             return str(path)
         raise InputError(f"model: '{name}' is a file; give the folder that holds config.json, or a config.json.")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"model: there is no folder '{name}', and it has not the form owner/name of a hub id.")
+        what = "file" if name.endswith(".json") else "folder"
+        raise InputError(f"model: there is no {what} '{name}', and it has not the form owner/name of a hub id.")
     return name
 
 

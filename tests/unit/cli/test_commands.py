@@ -174,3 +174,7 @@ def test_machines_can_be_listed(tunewise: Run) -> None:
     code, out, _ = tunewise("machine", "--list", "--json")
     assert code == 0
     assert len(json.loads(out)) >= 10
+    code, out, _ = tunewise("machine", "--list")
+    assert code == 0
+    row = next(line.split() for line in out.splitlines() if "A100 SXM 80GB" in line)
+    assert row[3:9] == ["80", "78.6", "2039", "312", "19.5", "600"]  # whole words: nothing is cut off

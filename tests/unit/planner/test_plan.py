@@ -15,10 +15,10 @@ from tunewise.cli import app
 from tunewise.errors import InputError
 from tunewise.machine.machine import Machine
 from tunewise.methods.reading import load_recipe
-from tunewise.planner import choose
+from tunewise.planner import choose, predict
 from tunewise.planner.choose import NothingFits
 from tunewise.planner.plan import Plan, plan
-from tunewise.recipe import Fidelity
+from tunewise.recipe import Fidelity, Recipe
 
 Card = Callable[[int], Machine]
 AMPLE, TIGHT, VERY_TIGHT, TOO_SHORT, TOO_SMALL = 8000, 200, 160, 140, 40
@@ -89,6 +89,30 @@ def test_limits_of_time_and_cost(tiny: str, card: Card) -> None:
         plan(tiny, length=1024, machine=machine, time="1h")
     with pytest.raises(InputError, match="--price"):
         plan(tiny, length=1024, machine=machine, num_documents=100, cost=5)
+
+
+def test_a_time_that_nothing_keeps_costs_no_traces_of_full_fine_tuning(
+    tiny: str, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEWISE_CACHE", str(tmp_path))
+    traced: list[str] = []
+    footprint = predict.footprint
+
+    def seen(recipe: Recipe, *arguments: Any, **options: Any) -> predict.Footprint:
+        names = {method.name for method in recipe.methods or ()}
+        traced.append("lora" if "lora" in names else " ".join(sorted(names & {"checkpointing", "adafactor", "lion"})))
+        return footprint(recipe, *arguments, **options)
+
+    monkeypatch.setattr(predict, "footprint", seen)
+    with pytest.raises(NothingFits, match="drop the limits of time"):
+        plan(tiny, machine=card(TIGHT), length=1024, num_documents=1600, time=0.001)
+    assert "lora" in traced
+    assert not {name for name in traced if name} - {"lora"}  # of full fine-tuning only what all its variants share
+
+
+def test_wishes_that_exclude_each_other_are_named(tiny: str, card: Card) -> None:
+    with pytest.raises(NothingFits, match=r"None comes into question: \d+ .*; \d+ with lora, which was not wanted\."):
+        plan(tiny, machine=card(TIGHT), length=1024, wanted=("quantize",), unwanted=("lora",))
 
 
 def test_when_nothing_fits_the_nearest_recipe_is_named(tiny: str, card: Card) -> None:

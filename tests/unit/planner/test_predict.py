@@ -88,3 +88,12 @@ def test_apple_machines_are_refused() -> None:
 def test_the_kind_of_work_has_a_name(tiny: str) -> None:
     predictor = settle(Question(tiny, length=96, machine="H100")).predictor()
     assert kind_of(plain(predictor).recipe(predictor.base, 1)) == "lora bf16 padded"
+
+
+def test_no_combination_is_faster_than_its_least_seconds(tiny: str) -> None:
+    predictor = settle(Question(tiny, length=96, machine="H100")).predictor()
+    full = [each for each in combinations(predictor) if each["tuning"].label == "full"]
+    for choice in random.Random(3).sample(full, 12):
+        least = predictor.least_seconds(choice)
+        for size in predictor.micro_batch_sizes(choice):
+            assert 0 < least <= predictor.predict(choice, size).step_seconds.middle, (choice.label, size)

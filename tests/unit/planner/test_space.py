@@ -122,3 +122,15 @@ def test_without_a_compiler_there_is_no_axis_of_kernels(tiny: str, monkeypatch: 
     is_fused, refused = kernels(tiny)
     assert is_fused == {False}
     assert not any("fused" in each.reason for each in refused)
+
+
+def test_what_is_asked_for_by_name_is_part_of_the_exact_run(tiny: str) -> None:
+    wishes = {"wanted": ("lora",), "unwanted": ("quantize",), "quality": "exact"}
+    kept, refused = space(settle(Question(tiny, length=64, machine="H100", **wishes)))
+    assert {choice["tuning"].label for choice in kept} == {"LoRA"}
+    assert {choice["precision"].label for choice in kept} == {"fp32"}
+    assert {choice["loss"].label for choice in kept} == {"whole loss"}
+    both, _ = space(settle(Question(tiny, length=64, machine="H100", wanted=("lora", "quantize"), quality="exact")))
+    assert {choice["tuning"].label for choice in both} == {"LoRA over nf4", "LoRA over int8"}
+    words = " ".join(Counter(each.reason for each in refused))
+    assert "bf16 mixed promises less" in words
