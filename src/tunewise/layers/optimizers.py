@@ -160,7 +160,7 @@ def adamw_8bit(groups: Any, betas: tuple[float, float], eps: float, *, is_paged:
     """
     library = import_bitsandbytes("an 8-bit optimizer")
 
-    class FlatStateAdamW(library.optim.AdamW):  # type: ignore[misc, name-defined]
+    class FlatStateAdamW(library.optim.AdamW):  # type: ignore[name-defined]
         """bitsandbytes' optimizer with tensors directly in each parameter's state."""
 
         def state_dict(self) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from tunewise.cli import app
 from tunewise.errors import InputError
 from tunewise.machine.machine import Machine
 from tunewise.methods.reading import load_recipe
-from tunewise.planner import choose, predict
+from tunewise.planner import choose
 from tunewise.planner.choose import NothingFits
+from tunewise.planner.footprint import Footprint, footprint
 from tunewise.planner.plan import Plan, plan
 from tunewise.recipe import Fidelity, Recipe
 
@@ -96,14 +97,13 @@ def test_a_time_that_nothing_keeps_costs_no_traces_of_full_fine_tuning(
 ) -> None:
     monkeypatch.setenv("TUNEWISE_CACHE", str(tmp_path))
     traced: list[str] = []
-    footprint = predict.footprint
 
-    def seen(recipe: Recipe, *arguments: Any, **options: Any) -> predict.Footprint:
+    def seen(recipe: Recipe, *arguments: Any, **options: Any) -> Footprint:
         names = {method.name for method in recipe.methods or ()}
         traced.append("lora" if "lora" in names else " ".join(sorted(names & {"checkpointing", "adafactor", "lion"})))
         return footprint(recipe, *arguments, **options)
 
-    monkeypatch.setattr(predict, "footprint", seen)
+    monkeypatch.setattr("tunewise.planner.predict.footprint", seen)
     with pytest.raises(NothingFits, match="drop the limits of time"):
         plan(tiny, machine=card(TIGHT), length=1024, num_documents=1600, time=0.001)
     assert "lora" in traced

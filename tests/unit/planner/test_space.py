@@ -125,7 +125,7 @@ def test_without_a_compiler_there_is_no_axis_of_kernels(tiny: str, monkeypatch: 
 
 
 def test_what_is_asked_for_by_name_is_part_of_the_exact_run(tiny: str) -> None:
-    wishes = {"wanted": ("lora",), "unwanted": ("quantize",), "quality": "exact"}
+    wishes: dict[str, Any] = {"wanted": ("lora",), "unwanted": ("quantize",), "quality": "exact"}
     kept, refused = space(settle(Question(tiny, length=64, machine="H100", **wishes)))
     assert {choice["tuning"].label for choice in kept} == {"LoRA"}
     assert {choice["precision"].label for choice in kept} == {"fp32"}
