@@ -44,7 +44,7 @@ ENVIRONMENTS = {
             ),
         )
     ),
-    "torchtune": Environment((("torchtune==0.6.1", "torchao==0.13.0"),)),
+    "torchtune": Environment((("torchtune==0.6.1", "torchao==0.13.0"), ("--no-deps", "bitsandbytes"))),
     "unsloth": Environment(
         (
             ("--no-deps", "unsloth==2026.10.9"),
