@@ -81,6 +81,8 @@ def judged(name: str, make: Callable[[Workshop], Path], *rest: Any) -> dict[str,
         "expected": expected[0] if expected else "",
         "reasons": [error] if error else list(report.reasons) if report else [],
         "share": trained.seconds / trained.training_seconds if trained and trained.training_seconds else None,
+        "fraction": trained.fraction if trained else None,
+        "training_seconds": trained.training_seconds if trained else None,
         "seconds": round(time.perf_counter() - started, 1),
         "checks": {c.name: c.measured.model_dump() for c in report.checks if c.measured} if report else {},
     }
