@@ -255,6 +255,7 @@ def _control_group() -> tuple[int | None, int]:
 
 
 def device_name(kind: Kind) -> str:
+    """Return what this machine's device of a kind calls itself, "AMD EPYC 9R14"."""
     if kind == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
