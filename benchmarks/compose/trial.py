@@ -149,7 +149,7 @@ def judge_refusal(
         try:
             predict(recipe, config, batches)
             train(recipe, config, batches, groups, corpus)
-        except Exception as proof:
+        except Exception as proof:  # any failure at all proves that the refusal was true
             told = str(proof).splitlines()[0] if str(proof) else type(proof).__name__
             return Tried("refused", f"{refusal} PROOF: {type(proof).__name__}: {told[:200]}")
     return Tried("wrong", f"refused, and works all the same: {refusal}")

@@ -200,7 +200,7 @@ def run_cases(chosen: list[Case], known: dict[Case, Row], seconds: float | None)
             continue
         try:
             row = run_case(case)
-        except Exception:
+        except Exception:  # a broken row is counted and shown, and must not cost the rest of an hour's grid
             print(f"BROKEN {case}", file=sys.stderr)
             traceback.print_exc()
             broken += 1

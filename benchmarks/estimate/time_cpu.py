@@ -186,7 +186,7 @@ def in_a_process_of_its_own(case: Case, file: Path) -> None:
     if child == 0:
         try:
             file.write_text(json.dumps(run_case(case)), encoding="utf-8")
-        except BaseException:
+        except BaseException:  # this is a fork: whatever it is, it must not get back into the loop over cases
             traceback.print_exc()
         os._exit(0)
     os.waitpid(child, 0)

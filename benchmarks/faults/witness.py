@@ -89,7 +89,7 @@ def kept_trials(folder: Path) -> Counter[str]:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             storage = RDBStorage(f"sqlite:///{copy}")
-        except Exception as error:
+        except Exception as error:  # Optuna's and SQLAlchemy's: each of them is the failure that is looked for
             raise AssertionError(f"the storage cannot be read after a kill: {error}") from error
         for study in storage.get_all_studies():
             for trial in storage.get_all_trials(study._study_id, deepcopy=False):

@@ -39,7 +39,10 @@ EVALUATIONS = 6
 
 @dataclass(frozen=True)
 class World:
-    """A model, the text of its own domain, and how much of Shakespeare it learns at which rate."""
+    """A model, the text of its own domain, and how much of Shakespeare it learns at which rate.
+
+    A long one repeats a few arms with four times the tokens; its plain runs are neither scaled nor averaged.
+    """
 
     name: str
     model: str
@@ -48,6 +51,7 @@ class World:
     learning_rate: float
     budget: float
     arms: tuple[str, ...]
+    is_long: bool = False
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -55,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "replay 1 %": {"replay": 0.01},
     "replay 5 %": {"replay": 0.05},
     "replay 25 %": {"replay": 0.25},
+    "own text 5 %": {"replay": 0.05, "source": "self"},
     "kl_to_base 0.5": {"methods": {"kl_to_base": {"beta": 0.5}}},
     "l2_sp 1": {"methods": {"l2_sp": {"strength": 1.0}}},
     "rank 2": {"rank": 2},
@@ -63,11 +68,19 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+LONG = (SCALED, "replay 1 %", "replay 5 %", "own text 5 %")
+"""What is asked of longer trainings: does the same share of replay remove more?"""
+
 WORLDS = (
     World("stories260k", str(SHARED / "models" / "stories260k"), str(SHARED / "tinystories" / "valid_head.txt.gz"),
-          tokens=120_000, learning_rate=5e-3, budget=0.2, arms=tuple(ARMS)),
+          tokens=120_000, learning_rate=5e-3, budget=0.2, arms=tuple(arm for arm in ARMS if arm not in LONG[-1:])),
     World("embedded", "embedded", "default", tokens=30_000, learning_rate=2e-3, budget=0.2,
           arms=(SCALED, "replay 1 %", "replay 5 %", "kl_to_base 0.5", "budget")),
+    World("stories260k, four times as long", str(SHARED / "models" / "stories260k"),
+          str(SHARED / "tinystories" / "valid_head.txt.gz"), tokens=480_000, learning_rate=5e-3, budget=0.2, arms=LONG,
+          is_long=True),
+    World("embedded, four times as long", "embedded", "default", tokens=120_000, learning_rate=2e-3, budget=0.2,
+          arms=LONG, is_long=True),
 )  # fmt: skip
 
 
@@ -77,7 +90,7 @@ def recipe_of(world: World, arm: dict[str, Any], seed: int) -> dict[str, Any]:
     data: dict[str, Any] = {"source": str(SHAKESPEARE), "format": "text", "max_length": 128, "too_long": "split"}
     data["validation_fraction"] = 0.02
     if share:
-        data["replay"] = {"fraction": share, "source": world.general}
+        data["replay"] = {"fraction": share, "source": arm.get("source", world.general)}
     every = max(1, world.tokens // (16 * 127) // EVALUATIONS)
     return {
         "model": world.model,
@@ -158,9 +171,9 @@ def rest(done: set[tuple[str, str, str, int]], folder: Path) -> Any:
             for name in world.arms:
                 place = folder / world.name / f"{name.replace(' ', '').replace('/', '-').replace('%', '')}-{seed}"
                 yield ("run", world.name, name, seed), lambda w=world, n=name, s=seed, p=place: train(w, n, s, p)
-                if name == SCALED:
+                if name == SCALED and not world.is_long:
                     yield ("sweep", world.name, name, seed), lambda w=world, s=seed, p=place: scale(w, s, p)
-    for world in WORLDS:
+    for world in (world for world in WORLDS if not world.is_long):
         places = [folder / world.name / f"{SCALED}-{seed}" for seed in SEEDS]
         yield ("soup", world.name, AVERAGE, 0), lambda w=world, p=places: soup(w, p)
 

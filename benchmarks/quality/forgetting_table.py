@@ -16,6 +16,7 @@ PUBLISHED: dict[str, str] = {
     "replay 1 %": "1 % of replay prevents forgetting (Bethune et al. 2025)",
     "replay 5 %": "1 % of replay prevents forgetting (Bethune et al. 2025)",
     "replay 25 %": "more replay forgets less; it may help the task (Kotha and Liang 2026)",
+    "own text 5 %": "self-generated replay nearly eliminates forgetting, not near capacity (2605.26097)",
     "kl_to_base 0.5": "KL to the base retains; on-policy data does more (RL's Razor 2025, Retaining by Doing 2026)",
     "l2_sp 1": "a pull to the start retains less than LoRA itself does (Biderman et al. 2024)",
     "rank 2": "a lower rank learns less and forgets less (Biderman et al. 2024)",

@@ -1,6 +1,6 @@
 """Plant failures in runs of the embedded model: does the gate refuse them, and does it let healthy runs be?
 
-    python benchmarks/quality/gate.py --json gate.json
+    python benchmarks/quality/gate.py --json gate.json [--keep FOLDER --minutes 2]
 
 Failures of three kinds: trainings that go wrong (too long, too fast, wrong data, a bug in the loss), data that deceive
 (a leaked validation set, an end that is never learnt), and files that are damaged after a healthy training (an empty
@@ -36,11 +36,18 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="a folder for the runs; cases that are finished there are not run again"
     )
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so long; needs --keep")
     options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as temporary:
         shop = Workshop(options.keep or Path(temporary))
-        healthy = [judged(name, make, shop) for name, make in HEALTHY.items() if (options.only or "") in name]
-        planted = [judged(name, *case, shop) for name, case in PLANTED.items() if (options.only or "") in name]
+        cases: dict[str, tuple[Any, ...]] = {**{name: (make,) for name, make in HEALTHY.items()}, **PLANTED}
+        found = {}
+        for name, case in cases.items():
+            if (options.only or "") in name and (time.monotonic() < end or result_of(name, shop).is_file()):
+                found[name] = judged(name, *case, shop)
+        healthy = [case for name, case in found.items() if name in HEALTHY]
+        planted = [case for name, case in found.items() if name in PLANTED]
     summary = {
         "planted": len(planted),
         "caught": sum(case["refused"] for case in planted),
@@ -56,7 +63,7 @@ def main() -> None:
 def judged(name: str, make: Callable[[Workshop], Path], *rest: Any) -> dict[str, Any]:
     """Make one case and judge it; `rest` is the check that should refuse it (planted cases) and the workshop."""
     *expected, shop = rest
-    finished = shop.folder / f"{'-'.join(name.split())}.json"
+    finished = result_of(name, shop)
     if finished.is_file():
         known: dict[str, Any] = json.loads(finished.read_text())
         return known
@@ -81,6 +88,8 @@ def judged(name: str, make: Callable[[Workshop], Path], *rest: Any) -> dict[str,
         "expected": expected[0] if expected else "",
         "reasons": [error] if error else list(report.reasons) if report else [],
         "share": trained.seconds / trained.training_seconds if trained and trained.training_seconds else None,
+        "fraction": trained.fraction if trained else None,
+        "training_seconds": trained.training_seconds if trained else None,
         "seconds": round(time.perf_counter() - started, 1),
         "checks": {c.name: c.measured.model_dump() for c in report.checks if c.measured} if report else {},
     }
@@ -88,6 +97,11 @@ def judged(name: str, make: Callable[[Workshop], Path], *rest: Any) -> dict[str,
     print(f"{mark:<8} {name:<45} {'; '.join(case['reasons'])[:160]}", flush=True)
     finished.write_text(json.dumps(case))
     return case
+
+
+def result_of(name: str, shop: Workshop) -> Path:
+    """Return where a finished case lies."""
+    return shop.folder / f"{'-'.join(name.split())}.json"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ one model is in memory at a time.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from contextlib import suppress
@@ -26,12 +27,15 @@ from tunewise.methods.reading import load_recipe, recipe_from_mapping
 from tunewise.quality.base import base_weights
 from tunewise.quality.battery import Comparison, Items, compare
 from tunewise.quality.gate import Context, judge
-from tunewise.quality.material import Material, material_of
-from tunewise.quality.scores import Scores, scores_of
+from tunewise.quality.material import Material, material_of, training_tokens
+from tunewise.quality.pace import Pace, fraction_after, fraction_before
+from tunewise.quality.scores import Scores, scores_of, text_scores
 from tunewise.quality.suites import Subject, suite_named
 from tunewise.quality.template import template_problems
 from tunewise.quality.verdict import FAILED_FILE, REPORT_FILE, QualityReport
 from tunewise.recipe import Value
+from tunewise.workload.batches import GlobalBatches
+from tunewise.workload.corpus import Corpus
 from tunewise.workload.model import context_length, load_config, load_tokenizer
 
 GATE = "gate"
@@ -55,18 +59,42 @@ class Evaluation(Value):
 
 
 class Judge:
-    """Measures a run's base when it is made, and the tuned model when it is asked for its verdict."""
+    """Measures a run's base when it is made, and the tuned model when it is asked for its verdict.
 
-    def __init__(self, plan: Plan, run: Run) -> None:
+    Attributes:
+        material: what the base was measured on.
+        base: its scores.
+        fraction: how much of the planned material that is.
+        seconds: what measuring has taken.
+    """
+
+    def __init__(self, plan: Plan, run: Run, fraction: float | None = None) -> None:
         """Measure the base: `run` as it was assembled, before its first step.
+
+        Args:
+            plan: the run's.
+            run: untrained.
+            fraction: of the planned material, where a verdict is to be made again; None: as the training's time allows.
 
         Raises:
             InputError: the recipe's quality section names a file that cannot be read.
         """
         started = time.perf_counter()
-        self._plan = plan
-        self.material: Material = material_of(plan)
-        self.base: Scores = base_scores(run, self.material)
+        self._plan, self._share = plan, plan.recipe.quality.share
+        planned = material_of(plan)
+        if fraction is not None:
+            self.base = base_scores(run, planned.part(fraction))
+        else:
+            prepared = time.perf_counter() - started
+            smallest = planned.part(0.0)
+            self.base = base_scores(run, smallest)
+            pace = Pace.of(smallest, self.base.loss_seconds, self.base.answer_seconds)
+            fraction = fraction_before(planned, pace, training_tokens(plan), prepared, self._share)
+            self.base = self.base.joined(more_scores(run, planned.more(0.0, fraction)))
+        self.fraction = fraction
+        self.material: Material = planned.part(fraction)
+        self._planned = planned
+        self._trained_on = documents_trained_on(plan)
         self.seconds = time.perf_counter() - started
 
     def verdict(
@@ -78,16 +106,27 @@ class Judge:
             run: with what was trained in it.
             metrics: the run's metrics.jsonl, for the validation losses on the way.
             tokenizer: the one that lies beside the result.
-            training_seconds: for the report.
+            training_seconds: what the training took: measuring then keeps to its share of it; None: on all that the
+                base was measured on.
         """
         started = time.perf_counter()
-        tuned = scores_of(run, self.material)
+        fraction, material, base = self.fraction, self.material, self.base
+        if training_seconds is not None:
+            pace = Pace.of(material, base.loss_seconds, base.answer_seconds)
+            fraction = fraction_after(
+                self._planned, pace, training_seconds, self.seconds, self._share, before=self.fraction
+            )
+            material = self._planned.part(fraction)
+            base = base.of(material)
+        tuned = scores_of(run, material)
         best, kept = _losses_on_the_way(metrics, self._plan.recipe.evaluation.keep_best)
-        problems = template_problems(self._plan.tokenizer, tokenizer) if self.material.answerable else []
-        context = Context(self._plan.data.train, best, kept, tuple(problems))
-        report = judge(self._plan.recipe.quality, self.material, self.base, tuned, context)
+        problems = template_problems(self._plan.tokenizer, tokenizer) if material.answerable else []
+        context = Context(self._trained_on, best, kept, tuple(problems))
+        report = judge(self._plan.recipe.quality, material, base, tuned, context)
         self.seconds += time.perf_counter() - started
-        return report.model_copy(update={"seconds": self.seconds, "training_seconds": training_seconds})
+        return report.model_copy(
+            update={"fraction": fraction, "seconds": self.seconds, "training_seconds": training_seconds}
+        )
 
 
 def evaluate(
@@ -132,7 +171,8 @@ def _evaluate_run(
     others = {name: suite_named(name) for name in names if name != GATE}
     context = context_length(plan.config)
     base = assemble(plan)
-    judge = Judge(plan, base) if GATE in names else None
+    earlier = read_report(home.path)
+    judge = Judge(plan, base, 1.0 if earlier is None else earlier.fraction) if GATE in names else None
     before: dict[str, dict[str, Items]] = {}
     for name, suite in others.items():
         with base_weights(base):
@@ -159,6 +199,24 @@ def base_scores(run: Run, material: Material) -> Scores:
     """Measure the base inside a run that has not been trained."""
     with torch.random.fork_rng(), base_weights(run):
         return scores_of(run, material)
+
+
+def more_scores(run: Run, material: Material) -> Scores:
+    """Measure the base's losses and answers on more pieces."""
+    with torch.random.fork_rng(), base_weights(run):
+        return text_scores(run, material)
+
+
+def documents_trained_on(plan: Plan) -> Corpus:
+    """Return the documents that the training's steps draw: leaks are looked for in these, however many there are."""
+    train = plan.data.train
+    steps = GlobalBatches(train, plan.recipe.batch, plan.recipe.seed).from_step(0)
+    drawn: set[int] = set()
+    for _, documents in itertools.islice(steps, plan.num_steps):
+        drawn.update(documents)
+        if len(drawn) == len(train):
+            return train
+    return train.take(sorted(drawn))
 
 
 def write_report(report: QualityReport, folder: Path) -> None:

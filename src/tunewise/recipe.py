@@ -247,7 +247,8 @@ class QualitySpec(Value):
 
     Attributes:
         gate: whether the gate runs.
-        share: how much of the training's tokens measuring may compute with, at most.
+        share: how much of the training's time measuring may take, before and after together; the smallest sample is
+            measured in any case (`quality/pace.py`), and contract and battery whole, besides.
         general_text: a file or folder on which forgetting is measured; None: the standard library's held-out part.
         unanswerable: a file of questions that must be refused (any data format; the answers are not read).
         refusals: regular expressions of what counts as a refusal, besides the built-in ones.
@@ -264,7 +265,7 @@ class QualitySpec(Value):
     """
 
     gate: bool = True
-    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.06
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.12
     general_text: str | None = None
     unanswerable: str | None = None
     refusals: tuple[str, ...] = ()

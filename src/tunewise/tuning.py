@@ -117,7 +117,7 @@ def tune(
         outcome = "complete"
         try:
             _search(tuning, part, watch)
-        except BaseException as error:
+        except BaseException as error:  # also the user's interrupt: it is written into the report, then it goes on
             outcome = "stopped by the user" if isinstance(error, KeyboardInterrupt) else f"ended early: {error}"
             raise
         finally:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "estimate" / "cpu.py"
+from tests.loading import load_benchmark
 
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("estimate_cpu", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(BENCHMARK.parent))  # where a script finds the modules beside it
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARK.parent))
-    return module
-
-
-benchmark = _load()
+benchmark = load_benchmark("estimate/cpu.py", "estimate_cpu")
 COMBINATIONS = sys.modules["cpu_cases"].COMBINATIONS
 
 ROWS = [

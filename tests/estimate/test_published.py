@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.loading import load_benchmark
+
 ROOT = Path(__file__).parents[2]
-BENCHMARK = ROOT / "benchmarks" / "estimate" / "published.py"
 TABLE = ROOT.parent / "shared" / "data" / "published" / "finetune_memory.csv"
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("estimate_published", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(BENCHMARK.parent))  # where a script finds the modules beside it
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARK.parent))
-    return module
-
-
-benchmark = _load()
+benchmark = load_benchmark("estimate/published.py", "estimate_published")
 
 KEYS = {"rows_used", "rows_left_out", "median_error", "p90_error", "worst_error", "bias", "under_predictions"}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +86,22 @@ def train_with_loss(
         return training.run()
     finally:
         folder.close()
+
+
+def train_interrupted(recipe: dict[str, Any], out: Path) -> None:
+    """Train, be interrupted in the eighth loss, and go on to the end."""
+    seen = 0
+
+    def stop_once(run: Run, batch: MicroBatch, loss: Tensor) -> Tensor:
+        nonlocal seen
+        seen += torch.is_grad_enabled()
+        if seen == 8:
+            raise KeyboardInterrupt
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        train_with_loss(recipe, out, stop_once)
+    train_with_loss(recipe, out, lambda run, batch, loss: loss, resume=True)
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

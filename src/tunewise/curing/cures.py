@@ -32,7 +32,7 @@ STOPPING_DOCUMENTS = 128
 STOPPING_TOKENS = 4096
 
 GATE_COST = 1.12
-"""What judging adds to a training: twice `quality.share`."""
+"""What judging adds to a training: `quality.share`, by default."""
 
 EARLY_COST = 0.7
 """Of a training, what one is expected to take that ends at its forgetting budget."""

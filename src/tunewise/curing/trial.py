@@ -21,7 +21,7 @@ from tunewise.engine.checkpoint import list_checkpoints, load_checkpoint
 from tunewise.engine.finished import Finished, open_finished
 from tunewise.engine.run_folder import write_whole
 from tunewise.errors import CheckpointError, Conflict
-from tunewise.evaluation import Judge, write_report
+from tunewise.evaluation import Judge, read_report, write_report
 from tunewise.export.finish import save_result
 from tunewise.lab.outcome import JudgedState, Measurement
 from tunewise.lab.trial import Trial
@@ -108,7 +108,8 @@ class _Line:
         assert self.finished.line is not None
         self.line = self.finished.line
         self.line.move_to(0.0)
-        self.judge = Judge(self.finished.plan, self.finished.run)
+        refused = read_report(uncured)
+        self.judge = Judge(self.finished.plan, self.finished.run, 1.0 if refused is None else refused.fraction)
         self.spec = self.finished.plan.recipe.quality
 
     def here(self) -> _Place:

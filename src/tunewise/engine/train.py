@@ -47,6 +47,7 @@ from tunewise.engine.step import (
     update,
     update_in_backward,
 )
+from tunewise.engine.stopping import forgetting_of_what_is_kept, is_within_budget, reason_to_finish
 from tunewise.errors import CheckpointError, Conflict, InputError, Interrupted, TrainingDiverged
 from tunewise.methods.method import Run
 from tunewise.workload.batches import GlobalBatches, MicroBatch
@@ -174,7 +175,7 @@ class Training:
                     self._evaluate(stop)
                 if stop:
                     self._leave(stop)
-                self._decide_whether_finished()
+                progress.finished = reason_to_finish(progress, recipe.evaluation, self.num_steps)
                 every = recipe.checkpoints.every or self.num_steps
                 if progress.finished is not None or progress.step % every == 0 or self._is_new_best():
                     self._save()
@@ -289,7 +290,9 @@ class Training:
         progress.evaluated_step, progress.validation_loss, progress.general_loss = progress.step, loss, general
         if progress.step == 0:  # what is measured here is where training starts, no result of it
             self.first_loss, progress.first_general_loss = loss, general
-        elif self._is_within_budget() and (progress.best_loss is None or loss < progress.best_loss):
+        elif is_within_budget(progress, self.built.recipe.evaluation) and (
+            progress.best_loss is None or loss < progress.best_loss
+        ):
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
             progress.best_general_loss = general
         else:
@@ -312,32 +315,9 @@ class Training:
             progress.evaluation_row_tokens = layout.row_tokens
             self._free_cached_memory()
 
-    def _is_within_budget(self) -> bool:
-        budget, forgetting = self.built.recipe.evaluation.forgetting_budget, self.progress.forgetting
-        return budget is None or forgetting is None or forgetting <= budget
-
     def _is_new_best(self) -> bool:
         progress = self.progress
         return self.built.recipe.evaluation.keep_best and progress.best_step == progress.step
-
-    def _decide_whether_finished(self) -> None:
-        progress, patience = self.progress, self.built.recipe.evaluation.patience
-        if progress.step >= self.num_steps:
-            progress.finished = "all steps done"
-        elif patience is not None and progress.evaluations_since_best >= patience:
-            progress.finished = f"no better validation loss for {patience} evaluations"
-        elif not self._is_within_budget():
-            progress.finished = self._over_budget()
-
-    def _over_budget(self) -> str:
-        progress = self.progress
-        said = (
-            f"forgetting of {progress.forgetting:.3f} nats after step {progress.step}, over the budget of "
-            f"{self.built.recipe.evaluation.forgetting_budget:g}"
-        )
-        if progress.best_step is None:
-            said += "; no evaluation was within it, so what is kept is over it too: evaluate more often, or replay"
-        return said
 
     def _save(self) -> None:
         progress = self.progress
@@ -373,14 +353,6 @@ class Training:
             raise CheckpointError(f"The best state (step {progress.best_step}) cannot be restored. {error}") from error
         restore_trainable(self.built, tensors)
 
-    def _forgetting_of_what_is_kept(self) -> float | None:
-        progress = self.progress
-        if not self.built.recipe.evaluation.keep_best or None in (progress.best_general_loss, progress.best_step):
-            return progress.forgetting
-        assert progress.best_general_loss is not None
-        assert progress.first_general_loss is not None
-        return progress.best_general_loss - progress.first_general_loss
-
     def _memory_bytes(self) -> int:
         if self.built.device.type == "cuda":
             self._peak_bytes = torch.cuda.max_memory_allocated(self.built.device)
@@ -402,7 +374,7 @@ class Training:
             first_loss=self.first_loss,
             best_loss=progress.best_loss,
             best_step=progress.best_step,
-            forgetting=self._forgetting_of_what_is_kept(),
+            forgetting=forgetting_of_what_is_kept(progress, self.built.recipe.evaluation),
             tokens=progress.tokens,
             supervised_tokens=progress.supervised_tokens,
             seconds=progress.seconds,

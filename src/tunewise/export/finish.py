@@ -241,10 +241,10 @@ def _compare_after_reading(run: Run, names: list[str], read: Callable[[], object
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
     try:
         tokenizer.save_pretrained(place)
-    except Exception as error:
+    except Exception as error:  # tokenizers 0.22 raises a bare Exception on a full disk; every other kind goes on
         if type(error) is not Exception:
             raise
-        raise OSError(errno.ENOSPC, str(error)) from error  # tokenizers 0.22 raises a bare Exception on a full disk
+        raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def _compare_tensors(place: Path) -> float:

@@ -97,7 +97,7 @@ class Executor:
             outcome = _read_outcome(folder, code, timeout)
         except ServerDied as error:
             outcome = Failed(reason=str(error), log=str(folder / "log.txt"))
-        except BaseException:
+        except BaseException:  # an interrupt as well: nothing of a trial may be left behind, then it goes on
             self.close()
             shutil.rmtree(folder, ignore_errors=True)
             raise

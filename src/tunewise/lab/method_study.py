@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from tunewise.errors import Conflict, InputError
 from tunewise.lab.design import Design, two_level
 from tunewise.lab.effects import EffectModel, fit_effects
+from tunewise.lab.expected import expected_forgetting, expected_seconds
 from tunewise.lab.factors import FactorSpace, On
 from tunewise.lab.gate import Verdict, compare
 from tunewise.lab.laboratory import Laboratory
@@ -252,9 +253,9 @@ class MethodStudy:
     def _promising(self) -> list[On]:
         """Combinations that learn the user's problem, by predicted speed; memory methods only where they are needed."""
         candidates = [on for on in self._combinations() if self.keeps_what_is_learnt(on)]
-        scored = [(self._expected_seconds(on), on) for on in candidates if self._expected_to_fit(on)]
+        scored = [(expected_seconds(self, on), on) for on in candidates if self._expected_to_fit(on)]
         if self.max_forgetting is not None:
-            scored = [pair for pair in scored if self._expected_forgetting(pair[1]) <= self.max_forgetting] or scored
+            scored = [pair for pair in scored if expected_forgetting(self, pair[1]) <= self.max_forgetting] or scored
         memory = {f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning"}
         lean = [(seconds, on) for seconds, on in scored if not on & memory]
         best_lean = min((seconds for seconds, _ in lean), default=math.inf)
@@ -277,45 +278,6 @@ class MethodStudy:
         """Say whether the methods that change what is learnt are those of the user's recipe."""
         learning = self._learning()
         return on & learning == self.space.of_base() & learning
-
-    def _expected_seconds(self, on: On) -> float:
-        if on in self.tried:
-            return self.tried[on].seconds
-        if self.model_time is not None:
-            return self.model_time.predict(on).middle
-        return self._product(on)
-
-    def _expected_forgetting(self, on: On) -> float:
-        """Return what a combination forgets: as measured, or the sum of what its switches do alone or around."""
-        if on in self.tried:
-            return nats_lost(self.tried[on])
-        lost, own = nats_lost(self.tried.get(frozenset())), nats_lost(self.tried.get(self.own))
-        for name in on:
-            alone, neighbour = self.tried.get(self.closed(frozenset({name}))), self.tried.get(self.own ^ {name})
-            if alone is not None and alone.on:
-                lost += nats_lost(alone) - nats_lost(self.tried.get(alone.on - {name}))
-            elif neighbour is not None:
-                lost += own - nats_lost(neighbour) if name in self.own else nats_lost(neighbour) - own
-        return lost
-
-    def _product(self, on: On) -> float:
-        """Return the seconds of what was measured nearest, times what each switch does there.
-
-        That is the user's recipe where all switches on the way were tried around it, else the baseline.
-        """
-        own = self.tried.get(self.own)
-        steps = [self.tried.get(self.own ^ {name}) for name in on ^ self.own]
-        if own is not None and math.isfinite(own.seconds) and all(s and math.isfinite(s.seconds) for s in steps):
-            return own.seconds * math.prod(s.seconds / own.seconds for s in steps if s is not None)
-        base = self.tried[frozenset()].seconds
-        if math.isinf(base):  # the plain form could not be measured, so nothing was measured against it
-            prediction = self.predicted(on)
-            return math.inf if prediction is None else prediction.step_seconds.middle
-        seconds = base
-        for name in on:
-            alone = self.tried.get(self.closed(frozenset({name})))
-            seconds *= alone.seconds / base if alone is not None and math.isfinite(alone.seconds) else 1.0
-        return seconds
 
     def _expected_to_fit(self, on: On) -> bool:
         if on in self.tried:

@@ -82,7 +82,7 @@ def run_job(job: dict[str, Any], server: int) -> None:
             outcome = _outcome(job).model_dump_json()
         finally:  # what it wrote may have filled the disk, on which its outcome and its log shall still find room
             shutil.rmtree(Path(job["folder"]) / "work", ignore_errors=True)
-    except BaseException:
+    except BaseException:  # this is a fork: whatever it is, it must not get back into the server's loop
         _leave(1)
     try:
         write_whole(Path(job["folder"]) / "outcome.json", outcome)

@@ -77,7 +77,7 @@ def measure_machine(
     readings = (*matmuls, *streams, launch)
     total, usable, rule = _memory(kind)
     return Machine(
-        name=_name(kind),
+        name=device_name(kind),
         kind=kind,
         memory_bytes=total,
         usable_memory_bytes=usable,
@@ -254,7 +254,8 @@ def _control_group() -> tuple[int | None, int]:
     return None, 0
 
 
-def _name(kind: Kind) -> str:
+def device_name(kind: Kind) -> str:
+    """Return what this machine's device of a kind calls itself, "AMD EPYC 9R14"."""
     if kind == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")

@@ -61,6 +61,12 @@ def _foreign_layers(config: PretrainedConfig) -> list[str]:
 class Attention(Method):
     """How attention is computed.
 
+    Formula: softmax(q k^T / sqrt(d) + mask) v, causal and inside a document.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762); Dao et al. 2022, "FlashAttention" (2205.14135), whose kernels
+    torch's SDPA has. When to use: to compare kinds, or where the default does not know a model; `per_document`
+    beside packing. When not: nothing is wrong with the default; `eager` keeps the matrix of all pairs of positions.
+
     Attributes:
         kind: "per_document", our own, which takes packed rows without a mask; "sdpa" or "eager",
             transformers' own, which mask the other documents of a packed row; "flash", FlashAttention-2 (the

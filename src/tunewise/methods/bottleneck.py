@@ -31,9 +31,9 @@ _FEED_FORWARD_ENDS = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj", "w2")
 class BottleneckAdapter(Method):
     """A small network with a residual connection behind the last linear layers of attention and feed-forward part.
 
-    y = h + s U f(D h + d) + u, where h is what the layer computed; U, u and d start as zeros, so training starts at
-    the base model. Goes together with 'lora' and its kin, 'freeze' and prompts of 'peft'. peft has no such adapter:
-    the file has PEFT's layout (adapter_config.json, adapter_model.safetensors) with a peft_type of ours;
+    Formula: y = h + s U f(D h + d) + u, where h is what the layer computed; U, u and d start as zeros, so training
+    starts at the base model. Goes together with 'lora' and its kin, 'freeze' and prompts of 'peft'. peft has no such
+    adapter: the file has PEFT's layout (adapter_config.json, adapter_model.safetensors) with a peft_type of ours;
     `tunewise.load_adapter` reads it.
 
     Source: Houlsby et al. 2019 (arXiv 1902.00751), section 2.1; Pfeiffer et al. 2020 (2005.00247) for `after:

@@ -34,6 +34,13 @@ _ATTENTIONS = {
 class Checkpointing(Method):
     """Recompute the activations of transformer blocks in backward (Chen et al. 2016, arXiv 1604.06174).
 
+    Formula: kept: a block's input; everything inside is computed a second time in backward (`selective`: all but
+    products).
+
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 3;
+    Korthikanti et al. 2022 (2205.05198) for selective. When to use: activations fill the memory: long rows, many
+    blocks. When not: memory suffices: it costs about a forward pass, a third of a step.
+
     Attributes:
         every: checkpoint every n-th block; 1 checkpoints all of them, 2 half of them.
         policy: "full" keeps nothing of a block but its input; "selective" keeps the outputs of matrix

@@ -20,9 +20,9 @@ from tunewise.recipe import PositiveInt
 class DyLoRA(LowRank):
     """Low-rank adaptation of which every smaller rank is usable as well.
 
-    y = W x + (alpha / b) B[:, :b] A[:b] x, where each step draws one rank b for all layers; validation uses the
-    largest. `tunewise export RUN --rank R` writes the first R ranks as an ordinary PEFT LoRA adapter. With 'quantize'
-    in the recipe this is QDyLoRA.
+    Formula: y = W x + (alpha / b) B[:, :b] A[:b] x, where each step draws one rank b for all layers; validation uses
+    the largest. `tunewise export RUN --rank R` writes the first R ranks as an ordinary PEFT LoRA adapter. With
+    'quantize' in the recipe this is QDyLoRA.
 
     Source: Valipour et al. 2022 (arXiv 2210.07558), equation 7; QDyLoRA, Rajabzadeh et al. 2024 (2402.10462), draws
     from 1, 2, 4, ..., 64. What lies beyond b gets a gradient of zero; as in the authors' code the optimizer's momentum

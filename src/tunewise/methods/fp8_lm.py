@@ -20,13 +20,15 @@ class FP8LM(AdamLike):
     """AdamW in 6 bytes a parameter instead of 16 (Peng et al. 2023, arXiv 2310.18313): FP8 gradient and first moment,
     FP16 second moment and master weight, all with a scale a tensor.
 
-    Formula: stored = round(x 2^k), one k a tensor; gradients of one step share the scale mu 2^k of its first
-    micro-batch, mu halves when more than `threshold` of the numbers overflowed and doubles within `window` steps
+    Formula: stored = round(x 2^k), one k a tensor; gradients of one step share the scale mu 2^k of its first micro-
+    batch, mu halves when more than `threshold` of the numbers overflowed and doubles within `window` steps
     otherwise. Weights to compute with come on top: choose `precision: {compute: bf16, trainable: same}` (8 bytes a
-    parameter in all, against 16 + 2). Use it for full fine-tuning and training from scratch. Do not use it with LoRA,
-    where these bytes are few, and leave `second_moment` at fp16: in FP8 it is measurably worse
-    (`benchmarks/fp8_lm/run.py`, the paper's decoupling), because a second moment changes by a thousandth a step and FP8
-    has steps of an eighth.
+    parameter in all, against 16 + 2). Leave `second_moment` at fp16: in FP8 it is measurably worse
+    (`benchmarks/fp8_lm/run.py`, the paper's decoupling), because a second moment changes by a thousandth a step and
+    FP8 has steps of an eighth.
+
+    Source: Peng et al. 2023, "FP8-LM" (arXiv 2310.18313), sections 2.1 and 2.2. When to use: full fine-tuning and
+    training from scratch. When not: with LoRA, where these bytes are few.
 
     Attributes:
         gradient: format in which gradients wait for the update; what the parameters are stored in keeps autograd's own.

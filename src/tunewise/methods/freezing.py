@@ -27,6 +27,13 @@ class Freeze(Method):
 
     Together with 'lora' both are trained: the matched parameters and the update.
 
+    Formula: gradient of the matched parameters as without it; all others keep their values.
+
+    Source: Ben Zaken et al. 2021, "BitFit" (arXiv 2106.10199), for `train: ["*bias*"]`; Ding et al. 2022, "Delta
+    Tuning" (2203.06904), section 3.2. When to use: a few chosen parameters (biases, norms, the last layers) are
+    enough, or go beside an adapter. When not: much has to be learnt; a low-rank update of all layers learns more
+    for the same memory.
+
     Attributes:
         train: shell patterns for full parameter names: "*" stands for anything, dots included, "?" for one
             character, "[ab]" for one of these: "*.bias", "*norm*", "model.layers.2[23].*".

@@ -33,6 +33,13 @@ class Fused(Method):
     The default on a CPU with a compiler, for models of known families, unless a recipe says how attention is computed.
     Without a compiler the default is not taken and a note in `metrics.jsonl` says so; a recipe that names it needs one.
 
+    Formula: norm, rotary, SwiGLU, attention and cross entropy as the model computes them, each in one pass over
+    memory.
+
+    Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), and Han and Han 2023, Unsloth, do this on GPUs;
+    these kernels are our own. When to use: a known family on a CPU with a compiler (the default there). When not:
+    another machine trains on: bits differ between compilers, so a run does not resume bit for bit elsewhere.
+
     Attributes:
         norms: RMSNorm in one pass.
         mlp: gate, up, SwiGLU and down as one function.

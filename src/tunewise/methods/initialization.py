@@ -20,11 +20,13 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 class Initialize(Method):
     """First values of all linear layers (Goodfellow et al. 2016, "Deep Learning", section 8.4); biases start at zero.
 
-    Formulas for n outputs and m inputs: normal N(0, std^2); uniform U(+-1/sqrt(m)); glorot U(+-sqrt(6/(m + n))); he
-    N(0, 2/m); orthogonal (Saxe et al. 2013); sparse: `num_nonzero` weights of each output, N(0, 1/num_nonzero) (Martens
-    2010). Embeddings, norms and the head keep the architecture's own. Use it to train from scratch when the
-    architecture's own initialization (mostly normal, 0.02) learns slowly. It is refused on pretrained weights, which it
-    would destroy.
+    Formula, for n outputs and m inputs: normal N(0, std^2); uniform U(+-1/sqrt(m)); glorot U(+-sqrt(6/(m + n))); he
+    N(0, 2/m); orthogonal (Saxe et al. 2013); sparse: `num_nonzero` weights of each output, N(0, 1/num_nonzero)
+    (Martens 2010). Embeddings, norms and the head keep the architecture's own.
+
+    Source: Goodfellow et al. 2016, "Deep Learning", section 8.4; Glorot and Bengio 2010; He et al. 2015 (arXiv
+    1502.01852). When to use: training from scratch, when the architecture's own initialization (mostly normal,
+    0.02) learns slowly. When not: weights are pretrained; it would destroy them (refused).
 
     Attributes:
         kind: see above; "glorot" keeps the variance of activations and gradients alike.

@@ -20,10 +20,12 @@ class AdamW4bit(AdamLike):
     First moment: blocks of 128 and the signed dynamic map; second moment: rank-1 scales, levels k/16 without zero.
 
     Formula: m = Q(b1 m + (1 - b1) g), v = Q(b2 v + (1 - b2) g^2), W -= lr (m^ / (sqrt(v^) + eps) + wd W), where Q
-    rounds to the levels. Use it for full fine-tuning when 8-bit moments (2.03 bytes) still do not fit. Do not use it
-    with LoRA, whose moments are small anyway; it unpacks and packs each tensor, so a step takes longer. On noisy
-    gradients it ends a quarter of the way off AdamW's point where 8-bit moments end a twentieth off
-    (`pytest tests/unit/layers`), so compare validation losses.
+    rounds to the levels. On noisy gradients it ends a quarter of the way off AdamW's point where 8-bit moments end
+    a twentieth off (`pytest tests/unit/layers`), so compare validation losses.
+
+    Source: Li et al. 2023, "Memory Efficient Optimizers with 4-bit States" (arXiv 2309.01507), sections 3 and 4.
+    When to use: full fine-tuning when 8-bit moments (2.03 bytes) still do not fit. When not: with LoRA, whose
+    moments are small anyway; it unpacks and packs each tensor, so a step takes longer.
     """
 
     name: ClassVar[str] = "adamw_4bit"
@@ -37,9 +39,10 @@ class AdamMini(AdamLike):
     """AdamW with one second moment for a whole row of a matrix (Zhang et al. 2024, arXiv 2406.16793).
 
     Formula: v = b2 v + (1 - b2) mean(g^2 over the row), everything else as in AdamW; 4 bytes a parameter instead of 8.
-    Query and key have a row each where the paper takes a head; a vector shares one. Use it for full fine-tuning at
-    AdamW's own learning rate. Do not use it where 8-bit moments are at hand and memory is all that matters: they take
-    2.03 bytes.
+    Query and key have a row each where the paper takes a head; a vector shares one.
+
+    Source: Zhang et al. 2024, "Adam-mini" (arXiv 2406.16793), algorithm 1. When to use: full fine-tuning at AdamW's
+    own learning rate. When not: 8-bit moments are at hand and memory is all that matters: they take 2.03 bytes.
     """
 
     name: ClassVar[str] = "adam_mini"
@@ -52,11 +55,14 @@ class AdamMini(AdamLike):
 class Apollo(AdamLike):
     """The gradient itself, scaled as Adam scales its random low-rank image (Zhu et al. 2024, arXiv 2412.05270).
 
-    Formula: R = P G with r random rows, s_j = |Adam(R)_j| / |R_j|, W -= lr alpha (G diag(s)); the update's norm grows
-    by 1 % a step at most. Moments take 2 r numbers a column instead of two a weight: rank 1 with `scale: tensor`
-    (APOLLO-Mini) is about SGD's memory. Use it for full fine-tuning and pre-training of large matrices. Do not use it
-    with LoRA, whose matrices are of low rank themselves (they get plain AdamW when the rank is no larger). GaLore
-    (arXiv 2403.03507) was not built: it needs a decomposition of every matrix every 200 steps for updates of low rank.
+    Formula: R = P G with r random rows, s_j = |Adam(R)_j| / |R_j|, W -= lr alpha (G diag(s)); the update's norm
+    grows by 1 % a step at most. Moments take 2 r numbers a column instead of two a weight: rank 1 with `scale:
+    tensor` (APOLLO-Mini) is about SGD's memory. GaLore (arXiv 2403.03507) was not built: it needs a decomposition
+    of every matrix every 200 steps for updates of low rank.
+
+    Source: Zhu et al. 2024, "APOLLO" (arXiv 2412.05270), algorithm 1. When to use: full fine-tuning and pre-
+    training of large matrices. When not: with LoRA, whose matrices are of low rank themselves (they get plain AdamW
+    when the rank is no larger).
 
     Attributes:
         rank: rows of the projection.

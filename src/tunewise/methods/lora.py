@@ -25,6 +25,13 @@ from tunewise.recipe import Recipe
 class LoRA(LowRank):
     """Low-rank adaptation with our own fast layer; written and read in PEFT's file format.
 
+    Formula: y = W x + s B A x, s = alpha / rank (`use_rslora`: alpha / sqrt(rank)); B starts at zero.
+
+    Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), section 4.1; Biderman et al. 2024, "LoRA Learns Less and
+    Forgets Less" (2405.09673). When to use: a pretrained model is adapted and gradients and optimizer states of all
+    weights do not fit, or the base must not be forgotten. When not: training from scratch, or a task far from what
+    the base knows with much data: training everything learns more.
+
     Attributes:
         rank: columns of B, rows of A.
         alpha: numerator of the scale; None means 2 x rank.

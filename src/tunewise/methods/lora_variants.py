@@ -17,8 +17,8 @@ from tunewise.methods.method import Run
 class DoRA(LowRank):
     """Low-rank adaptation of the directions of a weight's rows, with a trained length m for each row.
 
-    y = m (W + s B A) x / |W + s B A|, row by row, the norm being a constant to the gradient; written and read in PEFT's
-    file format (use_dora).
+    Formula: y = m (W + s B A) x / |W + s B A|, row by row, the norm being a constant to the gradient; written and read
+    in PEFT's file format (use_dora).
 
     Source: Liu et al. 2024, "DoRA" (arXiv 2402.09353), equation 5 and section 4.3. When to use: small ranks, where the
     paper finds it ahead of LoRA. When not: speed or memory matter; every step multiplies the weight with A once more
@@ -50,8 +50,8 @@ class DoRA(LowRank):
 class LoRAFA(LowRank):
     """Low-rank adaptation with a frozen A: only B is trained, and of a layer's input only x A^T is kept.
 
-    y = W x + s B (A x), A as it was drawn. Half the optimizer's state of `lora`, and rank instead of in_features
-    numbers a token and layer to keep for the backward pass; written in PEFT's file format as a plain LoRA.
+    Formula: y = W x + s B (A x), A as it was drawn. Half the optimizer's state of `lora`, and rank instead of
+    in_features numbers a token and layer to keep for the backward pass; written in PEFT's file format as a plain LoRA.
 
     Source: Zhang et al. 2023, "LoRA-FA" (arXiv 2308.03303), section 3. When to use: activations fill the memory and
     checkpointing is too slow. When not: checkpointing is on anyway (then nothing is saved), or the rank is small: the

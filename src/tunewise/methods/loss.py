@@ -15,7 +15,14 @@ from tunewise.workload.batches import MicroBatch
 
 
 class WholeLoss(Method):
-    """Cross entropy over the logits of every position; works with every model."""
+    """Cross entropy over the logits of every position; works with every model.
+
+    Formula: CE = logsumexp(W_head h) - (W_head h)[label], the logits of all positions at once.
+
+    Source: the definition; transformers' own loss. When to use: a model whose head `supervised_loss` cannot take
+    apart, or to compare with it. When not: anywhere else: logits of prompts are computed for nothing, and a large
+    vocabulary's fill the memory.
+    """
 
     name: ClassVar[str] = "whole_loss"
     slot: ClassVar[Slot] = Slot.LOSS
@@ -31,6 +38,13 @@ class SupervisedLoss(Method):
     memory.
 
     The same sum as the whole loss; its gradient is computed chunk by chunk in the forward pass.
+
+    Formula: CE as in `whole_loss`; its gradient (softmax - onehot) W_head is made chunk by chunk.
+
+    Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), section 3.2, and Wijmans et al. 2024, "Cut Your
+    Losses" (2411.09009), have the idea. When to use: always, where the model allows it (it is the default): large
+    vocabularies and long prompts most of all. When not: logits are changed after the head by something that the
+    model does elsewhere (refused).
     """
 
     name: ClassVar[str] = "supervised_loss"

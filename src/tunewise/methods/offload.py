@@ -16,11 +16,13 @@ from tunewise.workload.places import user_path
 class OffloadActivations(Method):
     """Move what autograd keeps for backward to the host's memory or to a disk, and bring it back when it is needed.
 
-    Gradients are bit-equal: the numbers come back as they were, in the same strides. With `checkpointing` it moves the
-    blocks' inputs, which are what is kept then. Use it when activations do not fit and recomputing them is not enough;
-    `host` on a GPU, `disk` on a CPU (on a disk that is no RAM disk, as /tmp may be one). Do not use it when memory
-    suffices: every byte is written and read once a step. The path over the host is written for CUDA and has not been
-    measured (source: torch.autograd.graph.saved_tensors_hooks; Rhu et al. 2016, "vDNN", arXiv 1602.08124).
+    Formula: gradients are bit-equal: the numbers come back as they were, in the same strides. With `checkpointing`
+    it moves the blocks' inputs, which are what is kept then. The path over the host is written for CUDA and has not
+    been measured.
+
+    Source: Rhu et al. 2016, "vDNN" (arXiv 1602.08124); torch.autograd.graph.saved_tensors_hooks. When to use:
+    activations do not fit and recomputing them is not enough; `host` on a GPU, `disk` on a CPU (on a disk that is
+    no RAM disk, as /tmp may be one). When not: memory suffices: every byte is written and read once a step.
 
     Attributes:
         to: "host" (CUDA: pinned memory, copied beside the computation) or "disk".

@@ -73,6 +73,12 @@ class SGD(Optimizer):
 
     torch keeps v / -lr instead of v, which is the same for a constant learning rate; with Nesterov's momentum
     the stored weights are the point at which the gradient is taken. Weight decay is added to the gradient.
+
+    Formula: W -= lr g; with momentum v = a v - lr g, W += v.
+
+    Source: Goodfellow et al. 2016, "Deep Learning", algorithms 8.1 to 8.3; Robbins and Monro 1951, Polyak 1964,
+    Nesterov 1983. When to use: no memory for any state is left; convolution-like, well scaled problems. When not:
+    transformers' gradients: their sizes differ so much between weights that one rate serves few of them.
     """
 
     name: ClassVar[str] = "sgd"
@@ -92,7 +98,13 @@ class SGD(Optimizer):
 
 
 class Adagrad(Optimizer):
-    """Each weight's rate divided by the root of the sum of all its squared gradients (algorithm 8.4)."""
+    """Each weight's rate divided by the root of the sum of all its squared gradients (algorithm 8.4).
+
+    Formula: r += g^2, W -= lr g / (sqrt(r) + eps).
+
+    Source: Duchi et al. 2011 (JMLR 12); Goodfellow et al. 2016, "Deep Learning", algorithm 8.4. When to use: rare
+    features and short, convex problems. When not: long trainings: the rate only falls.
+    """
 
     name: ClassVar[str] = "adagrad"
 
@@ -105,6 +117,12 @@ class Adagrad(Optimizer):
 
 class RMSProp(Optimizer):
     """Adagrad with a decaying mean of squared gradients (algorithm 8.5); eps stands outside the root.
+
+    Formula: r = d r + (1 - d) g^2, W -= lr g / (sqrt(r) + eps).
+
+    Source: Hinton 2012 (lecture 6e); Goodfellow et al. 2016, "Deep Learning", algorithms 8.5 and 8.6. When to use:
+    half of Adam's state is wanted without other changes. When not: the first steps matter: its moment starts at
+    zero and is not corrected.
 
     Attributes:
         decay: rho, the memory of the mean.
@@ -148,7 +166,13 @@ class AdamLike(Optimizer):
 
 class Adam(AdamLike):
     """Adaptive moments (Kingma and Ba 2014, arXiv 1412.6980; algorithm 8.7); weight decay is added to the
-    gradient."""
+    gradient.
+
+    Formula: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, W -= lr m^ / (sqrt(v^) + eps), ^ divided by 1 - b^t.
+
+    Source: Kingma and Ba 2014 (arXiv 1412.6980), algorithm 1; Goodfellow et al. 2016, "Deep Learning", algorithm
+    8.7. When to use: to compare with results that used it. When not: weights decay: `adamw` decays them evenly.
+    """
 
     name: ClassVar[str] = "adam"
 
@@ -161,6 +185,12 @@ class Adam(AdamLike):
 
 class AdamW(AdamLike):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+
+    Formula: as `adam`, and W -= lr wd W beside it.
+
+    Source: Loshchilov and Hutter 2017, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2.
+    When to use: the default; wherever its two states (8 bytes a trained parameter) fit. When not: everything is
+    trained and states fill the memory: `adamw_8bit`, `adafactor`, `fp8_lm`.
 
     Attributes:
         fused: torch's one kernel for all tensors.
@@ -176,7 +206,14 @@ class AdamW(AdamLike):
 
 
 class AdamW8bit(AdamLike):
-    """AdamW with 8-bit moments; see `tunewise.layers.optimizers.adamw_8bit`."""
+    """AdamW with 8-bit moments; see `tunewise.layers.optimizers.adamw_8bit`.
+
+    Formula: m and v stored as code x scale of a block, codes on a dynamic map; the update is that of `adamw`.
+
+    Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), sections 2 and
+    3. When to use: everything is trained and AdamW's states do not fit: 2.03 bytes a parameter instead of 8. When
+    not: an adapter is trained: tensors below 4,096 numbers keep fp32 moments, and the rest is small.
+    """
 
     name: ClassVar[str] = "adamw_8bit"
 
@@ -190,7 +227,14 @@ class AdamW8bit(AdamLike):
 
 
 class PagedAdamW8bit(AdamLike):
-    """AdamW with 8-bit moments in memory that CUDA moves to the host when the device is full."""
+    """AdamW with 8-bit moments in memory that CUDA moves to the host when the device is full.
+
+    Formula: as `adamw_8bit`.
+
+    Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), section 3, paged optimizers; bitsandbytes. When to
+    use: on a GPU whose memory is full for moments only (long rows now and then). When not: there is no GPU
+    (refused), or it is full all the time: then every step waits for the host.
+    """
 
     name: ClassVar[str] = "paged_adamw_8bit"
 
@@ -228,6 +272,13 @@ class Adafactor(Optimizer):
     torch's implementation: no first moment, and the learning rate is scaled by the root mean square of the
     weights.
 
+    Formula: V ~ (row means)(column means) / mean, u = g / sqrt(V) clipped to RMS 1, W -= max(eps, RMS(W)) min(lr, 1
+    / sqrt(t)) u.
+
+    Source: Shazeer and Stern 2018 (arXiv 1804.04235), algorithm 5. When to use: everything is trained and even one
+    state a weight is too much. When not: AdamW's quality is needed at AdamW's rates: its rate is another one, and
+    it has no momentum.
+
     Attributes:
         decay: exponent of the second moment's memory, beta2(t) = 1 - t ** decay.
         clip: threshold of the update's root mean square.
@@ -245,7 +296,14 @@ class Adafactor(Optimizer):
 
 class Lion(Optimizer):
     """Sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675); one state instead of Adam's
-    two."""
+    two.
+
+    Formula: u = sign(b1 m + (1 - b1) g), m = b2 m + (1 - b2) g, W -= lr (u + wd W).
+
+    Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675), algorithm 2. When
+    to use: half of Adam's state, at a rate three to ten times smaller and large batches. When not: small batches:
+    the sign makes a noisy gradient as large as a clear one.
+    """
 
     name: ClassVar[str] = "lion"
 

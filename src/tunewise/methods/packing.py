@@ -27,6 +27,13 @@ class Packing(Method):
     """Documents of one step lie in rows of `row_tokens` positions, best fit first; positions restart with
     each.
 
+    Formula: loss = sum of CE over supervised tokens / their number, whatever the rows; attention and positions stay
+    inside a document.
+
+    Source: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027). When to
+    use: documents of different lengths; padding is computed for nothing. When not: all documents are as long as the
+    row, or the model carries a state along the row (refused).
+
     Attributes:
         row_tokens: length of a row; a longer document gets a row of its own. `tunewise.methods.complete`
             fills it in.

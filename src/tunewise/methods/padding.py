@@ -20,8 +20,13 @@ class Pad(Method):
     What is added has probability, value and gradient zero, so loss and gradients of the real entries are those without
     padding (up to the order of sums), and what is saved has the model's own sizes; a padded LoRA is saved with its
     padded rank, zeros included, which is the same adapter. Rules that pool over rows or columns (`adafactor`, `apollo`,
-    `adam_mini`) see the zeros; elementwise ones do not. Use it with a vocabulary such as 50257 or a rank such as 6. Do
-    not use it where sizes are multiples already (then it does nothing, and says so), and on a CPU measure first.
+    `adam_mini`) see the zeros; elementwise ones do not.
+
+    Formula: [W 0; 0 0] [x; 0] = [W x; 0], and logits of added words are -infinity.
+
+    Source: NVIDIA, "Matrix Multiplication Background" and "Linear/Fully-Connected Layers" user's guides. When to
+    use: a vocabulary such as 50257 or a rank such as 6 on a GPU. When not: sizes are multiples already (then it
+    does nothing, and says so); on a CPU measure first.
 
     Attributes:
         vocabulary: multiple for the rows of the output head; None leaves it.

@@ -58,6 +58,12 @@ OURS = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path")
 class Peft(Method):
     """One method of the peft library.
 
+    Formula: that of the chosen kind, in the peft library's own layers.
+
+    Source: Mangrulkar et al. 2022, the library `peft`; each kind's paper stands in its documentation. When to use:
+    a kind that only peft has (IA3, prompts, VeRA, BOFT, AdaLoRA, LLaMA-Adapter, ...). When not: `lora`, `dora` and
+    `lora_fa` do: they are the same adapters in faster layers.
+
     Attributes:
         kind: a name of peft.PeftType, such as "IA3"; case does not matter.
         options: fields of the kind's configuration class.

@@ -41,6 +41,14 @@ def _cpu_flags() -> set[str]:
 class Precision(Method):
     """The dtypes of computation and of the trainable weights; frozen weights are stored in the compute dtype.
 
+    Formula: products in `compute`, sums and the loss in fp32; fp16 gradients are scaled by a power of two, which
+    the update takes out.
+
+    Source: Micikevicius et al. 2017, "Mixed Precision Training" (arXiv 1710.03740); Kalamkar et al. 2019, "A Study
+    of BFLOAT16" (1905.12322). When to use: bf16 wherever the machine multiplies it faster than fp32; `trainable:
+    same` where 16-bit weights alone fit. When not: fp16 on hardware that has bf16; 16-bit trained weights at small
+    learning rates, whose updates round away.
+
     Attributes:
         compute: dtype of matrix products. tf32 stores fp32 and lets a CUDA device round the factors of a
             product to 10 bits of mantissa; it sets torch's global switch, which stays set for the life of the

@@ -23,10 +23,11 @@ from tunewise.recipe import Recipe
 class QALoRA(LowRank):
     """Low-rank adaptation of a group-quantized base whose merged model has the same few bits.
 
-    y = W x + s (I / L^2) B A sums(x), where sums(x) adds the inputs of each quantization group: the update is constant
-    inside a group, so merging moves the group's offset and nothing else. `tunewise export RUN --merged DIR` writes the
-    merged model still quantized, in the format that docs/quantized-format.md describes; `tunewise.load_quantized` reads
-    it. The adapter by itself is in PEFT's format (use_qalora), which peft 0.21 applies to GPTQ layers only.
+    Formula: y = W x + s (I / L^2) B A sums(x), where sums(x) adds the inputs of each quantization group: the update is
+    constant inside a group, so merging moves the group's offset and nothing else. `tunewise export RUN --merged DIR`
+    writes the merged model still quantized, in the format that docs/quantized-format.md describes;
+    `tunewise.load_quantized` reads it. The adapter by itself is in PEFT's format (use_qalora), which peft 0.21 applies
+    to GPTQ layers only.
 
     Source: Xu et al. 2023 (arXiv 2309.14717), algorithm 1; the base is rounded to nearest, where the paper uses
     GPTQ. When to use: the model will be run in 4, 3 or 2 bits. When not: it will be run in 16 bits ('lora' over

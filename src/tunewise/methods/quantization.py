@@ -31,6 +31,13 @@ HEAD = "lm_head"
 class Quantize(Method):
     """Pack the linear layers' weights; they are unpacked for every use and never trained.
 
+    Formula: W ~ level[code] x scale of its block; nf4's levels are the quantiles of N(0, 1), int8 has a scale a
+    row, int4 to int2 a scale and an offset a group.
+
+    Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), sections 2 and 3; Xu et al. 2023, "QA-LoRA"
+    (2309.14717) for the groups. When to use: frozen weights fill the memory and an adapter is trained beside them.
+    When not: weights fit in 16 bits: every use unpacks them, so a step takes longer; or they are trained (refused).
+
     Attributes:
         kind: "nf4" or "fp4" (bitsandbytes), "int8" (weight only, one scale a row; needs no library), or "int4",
             "int3", "int2" (a scale and an offset for each group of inputs; needs no library; with 'qalora' the merged

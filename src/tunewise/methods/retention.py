@@ -36,6 +36,12 @@ class KLToBase(Method):
     divergence is taken on the replayed text as well. Validation losses stay plain cross entropies; a step's loss is
     the whole objective.
 
+    Formula: L = CE + beta sum_v p_base(v) (log p_base(v) - log p(v)), a mean over the supervised positions.
+
+    Source: Shenfeld et al. 2025, "RL's Razor" (arXiv 2509.04259); Li and Hoiem 2016, "Learning without Forgetting"
+    (1606.09282), has the idea. When to use: forgetting is over its budget and an adapter is trained
+    (docs/forgetting.md). When not: the task is to leave the base's distribution: it holds the gain back too.
+
     Attributes:
         beta: weight of the divergence, nats for nats.
         chunk_tokens: rows of logits in memory at once, of the model and of the base.
@@ -101,6 +107,12 @@ class L2SP(Method):
 
     LoRA layers are pulled by their product B A, the distance of the weights from the base; everything else by the
     difference from its start, of which a copy is kept.
+
+    Formula: W -= lr strength (W - W_start) before the optimizer's own step.
+
+    Source: Li et al. 2018, "Explicit Inductive Bias for Transfer Learning" (L2-SP, arXiv 1802.01483), equation 1.
+    When to use: a weak cure of forgetting is enough, and a second forward pass (`kl_to_base`) too dear. When not:
+    forgetting is far over its budget: here it removed a tenth of it (docs/forgetting.md).
 
     Attributes:
         strength: each update also moves by learning rate x strength x distance towards the start.

@@ -20,11 +20,13 @@ class Stream(Method):
     """Keep the frozen weights of all blocks on a disk or in the host's memory; a block comes for its forward pass and
     again for its backward pass, and only one is there at a time (two on CUDA, where the next one is fetched meanwhile).
 
-    Loss and gradients are bit-equal to the resident model's. A step reads all blocks twice, packed ones in packed form,
-    so `quantize` makes it four to eight times cheaper. Use it with LoRA when the frozen weights do not fit and nothing
-    else helps; large micro-batches pay for the reading. Do not use it when the weights fit. Embeddings and head stay
-    resident. Written for CUDA too, where it has not been measured (source: Rajbhandari et al. 2021, "ZeRO-Infinity",
-    arXiv 2104.07857; Sheng et al. 2023, "FlexGen", arXiv 2303.06865, both for weights that wait elsewhere).
+    Formula: loss and gradients are the resident model's, bit for bit. A step reads all blocks twice, packed ones in
+    packed form, so `quantize` makes it four to eight times cheaper. Embeddings and head stay resident. Written for
+    CUDA too, where it has not been measured.
+
+    Source: Rajbhandari et al. 2021, "ZeRO-Infinity" (arXiv 2104.07857); Sheng et al. 2023, "FlexGen" (2303.06865),
+    both for weights that wait elsewhere. When to use: with LoRA, when the frozen weights do not fit and nothing
+    else helps; large micro-batches pay for the reading. When not: the weights fit.
 
     Attributes:
         source: "disk" or "host"; the host's memory is elsewhere only for a GPU.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,18 @@ class GeneralText:
     corpus: Corpus
     domains: tuple[str, ...]
     source: str
+
+    def mixed(self) -> GeneralText:
+        """Return the same windows in an order of which every beginning has all domains alike, drawn at random."""
+        drawn = np.random.default_rng(0).permutation(len(self.domains))
+        seen: dict[str, int] = {}
+        places = []
+        for number in drawn:
+            domain = self.domains[number]
+            seen[domain] = seen.get(domain, 0) + 1
+            places.append((seen[domain], int(number)))
+        order = [number for _, number in sorted(places, key=lambda place: place[0])]
+        return replace(self, corpus=self.corpus.take(order), domains=tuple(self.domains[number] for number in order))
 
 
 def general_text(spec: QualitySpec, tokenizer: PreTrainedTokenizerBase, context: int, num_tokens: int) -> GeneralText:

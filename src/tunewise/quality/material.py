@@ -1,12 +1,13 @@
 """What a run is measured on, fixed before training: texts, held-out documents, training documents, prompts.
 
 Sizes follow from the work that the training itself does, so that measuring stays a small part of it: a token in a
-forward pass costs a third of one in training, and a generated token is counted `GENERATED_COST` times.
+forward pass costs a third of one in training, and a generated token is counted `GENERATED_COST` times. What measuring
+then takes in seconds is another matter (short rows, loops over tokens): `pace` decides how much of it is used.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ from tunewise.workload.tokens import tokenize
 
 GENERATED_COST = 4.0
 FEWEST_DOCUMENTS = 8
+"""Pieces of each kind that are always measured; half as many answers."""
+
 MOST_DOCUMENTS = 200
 MOST_PROMPTS = 16
 MOST_NEW_TOKENS = 64
@@ -38,7 +41,7 @@ _SHARES = {"general": 0.35, "validation": 0.3, "training": 0.15, "generation": 0
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What both sides, before and after, are measured on.
+    """What both sides, before and after, are measured on, in an order of which every beginning is a fair sample.
 
     Attributes:
         general: the general text; None where the base is no trained model.
@@ -67,6 +70,56 @@ class Material:
     contract_cases: tuple[tuple[Kind, Question], ...] = ()
     context: int = 2048
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that pass through the model for one state's losses."""
+        corpora = [self.validation, self.training, self.endings]
+        corpora += [self.general.corpus] if self.general is not None else []
+        return sum(int(corpus.lengths.sum()) for corpus in corpora)
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that are generated for one state, those of contract and battery not counted."""
+        return len(self.answerable) + len(self.unanswerable)
+
+    def part(self, fraction: float) -> Material:
+        """Return the beginning that is `fraction` of each kind of piece (see `number_of`); 0 is the smallest part."""
+        return self._between(None, fraction)
+
+    def more(self, before: float, fraction: float) -> Material:
+        """Return what `part(fraction)` has beyond `part(before)`."""
+        return self._between(before, fraction)
+
+    def _between(self, before: float | None, fraction: float) -> Material:
+        def bounds(num: int, least: int) -> range:
+            return range(0 if before is None else number_of(num, before, least), number_of(num, fraction, least))
+
+        def taken(corpus: Corpus) -> Corpus:
+            return corpus.take(bounds(len(corpus), FEWEST_DOCUMENTS))
+
+        def asked(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+            return tuple(prompts[number] for number in bounds(len(prompts), FEWEST_DOCUMENTS // 2))
+
+        general = self.general
+        if general is not None:
+            chosen = bounds(len(general.domains), FEWEST_DOCUMENTS)
+            domains = tuple(general.domains[number] for number in chosen)
+            general = replace(general, corpus=general.corpus.take(chosen), domains=domains)
+        return replace(
+            self,
+            general=general,
+            validation=taken(self.validation),
+            training=taken(self.training),
+            endings=taken(self.endings),
+            answerable=asked(self.answerable),
+            unanswerable=asked(self.unanswerable),
+        )
+
+
+def number_of(num: int, fraction: float, least: int) -> int:
+    """Return how many of `num` pieces are the beginning that is `fraction` of them; `least`, if there are."""
+    return min(num, max(least, round(fraction * num)))
+
 
 def material_of(plan: Plan) -> Material:
     """Choose what a plan's run is measured on.
@@ -80,11 +133,11 @@ def material_of(plan: Plan) -> Material:
     is_trained = recipe.model.weights == "pretrained" and recipe.objective != "pretrain"
     general = None
     if is_trained:
-        general = general_text(spec, tokenizer, context_length(plan.config), int(_SHARES["general"] * budget))
+        general = general_text(spec, tokenizer, context_length(plan.config), int(_SHARES["general"] * budget)).mixed()
     validation = held_out.take(_some(held_out, _SHARES["validation"] * budget))
     refusals = Refusals(spec.refusals)
     prompts: list[Prompt] = []
-    training = train.take(sample(len(train), _number(train, _SHARES["training"] * budget)))
+    training = train.take(_some(train, _SHARES["training"] * budget))
     endings, taught_ends = Corpus.from_documents([], []), None
     if recipe.objective == "sft":
         max_length = recipe.data.max_length or 1 << 30
@@ -115,13 +168,18 @@ def material_of(plan: Plan) -> Material:
 
 def tokens_to_measure(plan: Plan) -> float:
     """Return the tokens, in forward passes, that one of the two measurements may take."""
+    return plan.recipe.quality.share * training_tokens(plan) * 3 / 2
+
+
+def training_tokens(plan: Plan) -> float:
+    """Return the tokens that pass through the model in training."""
     lengths, batch = plan.data.train.lengths, plan.recipe.batch
     if batch.documents is not None:
         a_step = min(batch.documents, len(lengths)) * float(lengths.mean())
     else:
         share = int(plan.data.train.num_supervised.sum()) / max(1, int(lengths.sum()))
         a_step = (batch.supervised_tokens or 1) / max(share, 1e-6)
-    return plan.recipe.quality.share * plan.num_steps * a_step * 3 / 2
+    return plan.num_steps * a_step
 
 
 def own_questions(recipe: Recipe, spec: QualitySpec, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -165,7 +223,9 @@ def _number(corpus: Corpus, tokens: float) -> int:
 
 
 def _some(corpus: Corpus, tokens: float) -> NDArray[np.int64]:
-    return np.asarray(sample(len(corpus), _number(corpus, tokens)), dtype=np.int64)
+    """Draw documents, in an order of which every beginning is drawn at random too."""
+    drawn = np.asarray(sample(len(corpus), _number(corpus, tokens)), dtype=np.int64)
+    return np.random.default_rng(0).permutation(drawn)
 
 
 def _generation(prompts: list[Prompt], tokens: float) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def main() -> None:
     try:
         exec(program, {"__name__": "__main__", "__builtins__": __builtins__})
         said = order["token"]  # only code that ran to its end gets here; os._exit(0) does not
-    except BaseException as error:
+    except BaseException as error:  # foreign code may raise anything, its own exits too: all of it is its answer
         said = f"{type(error).__name__}: {error}"[:300]
     os.write(order["result"], said.encode("utf-8", "replace"))
     os._exit(0)

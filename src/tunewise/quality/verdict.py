@@ -38,6 +38,7 @@ class QualityReport(Value):
         passed: whether no check failed.
         checks: in the order in which they are read.
         forgetting, overfitting: in detail, where they could be measured.
+        fraction: how much was measured of what was planned (`quality/pace.py`); 0: the smallest sample.
         seconds: what measuring took, before and after training.
         training_seconds: what training took; None for a result that was measured later.
     """
@@ -46,6 +47,7 @@ class QualityReport(Value):
     checks: tuple[Check, ...]
     forgetting: Forgetting | None = None
     overfitting: Overfitting | None = None
+    fraction: float = 1.0
     seconds: float = 0.0
     training_seconds: float | None = None
 

@@ -57,7 +57,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[tuple[list[Record], int]]:
         chunk: list[Record] = []
         try:
             chunk.extend(itertools.islice(iterator, CHUNK_RECORDS))
-        except Exception as error:
+        except Exception as error:  # of reading, whatever it is: raised below, behind what was read before it
             failure = error
         if not chunk:
             break

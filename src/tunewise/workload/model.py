@@ -115,7 +115,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers(place):
             tokenizer = AutoTokenizer.from_pretrained(place, **_source_options(spec, place))
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # of the files of others: transformers raises whatever it meets, tokenizers bare Exceptions
         raise InputError(f"model.tokenizer: cannot read the tokenizer of '{name}': {_first_line(error)}") from error
     if spec.chat_template is not None:
         tokenizer.chat_template = _read_template(spec.chat_template)

@@ -18,7 +18,7 @@ from tests.unit.tiny_runs import (
     logits,
     recipe_over,
     save_model,
-    train_with_loss,
+    train_interrupted,
     write_records,
 )
 from tunewise import api, load_adapter
@@ -71,18 +71,7 @@ def test_a_stack_is_trained_resumed_saved_and_read_with_equal_logits(stack: str,
     recipe["methods"] = {**methods, "precision": {"compute": "fp32"}}
     whole = api.train(recipe, out=tmp_path / "whole")
     assert {path.name for path in whole.saved.folder.iterdir() if path.is_dir()} == parts
-    seen = 0
-
-    def stop_once(run: Any, batch: Any, loss: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        seen += torch.is_grad_enabled()
-        if seen == 8:
-            raise KeyboardInterrupt
-        return loss
-
-    with pytest.raises(KeyboardInterrupt):
-        train_with_loss(recipe, tmp_path / "run", stop_once)
-    train_with_loss(recipe, tmp_path / "run", lambda run, batch, loss: loss, resume=True)
+    train_interrupted(recipe, tmp_path / "run")
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     run = open_finished(tmp_path / "whole", "read").run
     expected = shown(run.model)

@@ -17,7 +17,7 @@ from tests.unit.tiny_runs import (
     recipe_over,
     relative_error,
     save_model,
-    train_with_loss,
+    train_interrupted,
     write_records,
 )
 from tunewise import api
@@ -63,18 +63,7 @@ def test_ranks_follow_from_the_seed_and_the_step() -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(recipe: dict[str, Any], finished: Path, tmp_path: Path) -> None:
-    seen = 0
-
-    def stop_once(run: Any, batch: Any, loss: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        seen += torch.is_grad_enabled()
-        if seen == 8:
-            raise KeyboardInterrupt
-        return loss
-
-    with pytest.raises(KeyboardInterrupt):
-        train_with_loss(recipe, tmp_path / "run", stop_once)
-    train_with_loss(recipe, tmp_path / "run", lambda run, batch, loss: loss, resume=True)
+    train_interrupted(recipe, tmp_path / "run")
     assert_same_end(tmp_path / "run", finished)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.architectures import tiny_model
 from tests.unit.methods.adapted import disturb, logits, make_recipe, make_run
-from tests.unit.tiny_runs import assert_same_end, recipe_over, save_model, train_with_loss, write_records
+from tests.unit.tiny_runs import assert_same_end, recipe_over, save_model, train_interrupted, write_records
 from tunewise import api
 from tunewise.errors import InputError
 from tunewise.export.adapter import load_adapter, save_adapter
@@ -91,18 +91,7 @@ def test_the_whole_line_with_a_resumption_and_a_merged_model(methods: dict[str, 
     base = recipe_over(save_model(tmp_path / "model"), write_records(tmp_path / "records.jsonl"))
     recipe = {**base, "methods": {**methods, "precision": {"compute": "fp32"}}}
     api.train(recipe, out=tmp_path / "whole")
-    seen = 0
-
-    def stop_once(run: Any, batch: Any, loss: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        seen += torch.is_grad_enabled()
-        if seen == 8:
-            raise KeyboardInterrupt
-        return loss
-
-    with pytest.raises(KeyboardInterrupt):
-        train_with_loss(recipe, tmp_path / "run", stop_once)
-    train_with_loss(recipe, tmp_path / "run", lambda run, batch, loss: loss, resume=True)
+    train_interrupted(recipe, tmp_path / "run")
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     assert api.export_merged(tmp_path / "whole", tmp_path / "merged").max_difference < 1e-4
 

@@ -192,7 +192,8 @@ def adafactor(theta: Tensor) -> Tensor:
         (Lion(), lion),
         (Adafactor(), adafactor),
         (AdamMini(), adam_mini),
-        (AdamW4bit(), adam),  # so small a tensor keeps fp32 moments
+        (AdamW8bit(), adam),  # so small a tensor keeps fp32 moments
+        (AdamW4bit(), adam),  # likewise
         (Apollo(), adam),  # and a matrix of a lower rank than the projection its own moments
         (FP8LM(first_moment="fp32", second_moment="fp32", master="fp32", gradient="fp32"), adam),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import sysconfig
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -49,3 +51,16 @@ def test_no_file_is_on_two_sides() -> None:
 
 def test_buckets_are_stable() -> None:
     assert [bucket_of(name) for name in ("json/decoder.py", "ast.py", "shutil.py")] == [3, 6, 1]
+
+
+def test_installed_packages_change_no_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    for number in range(40):
+        (tmp_path / f"module_{number}.py").write_text(f"number = {number}\n")
+    before = [record.fields["text"] for record in stdlib_texts("train", seed=3)]
+    inside = tmp_path / "site-packages" / "package"
+    inside.mkdir(parents=True)
+    for number in range(20):
+        (inside / f"part_{number}.py").write_text("x = 1\n")
+    assert [record.fields["text"] for record in stdlib_texts("train", seed=3)] == before
+    assert len(before) > 10

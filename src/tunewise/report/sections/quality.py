@@ -36,7 +36,8 @@ def quality_words(report: QualityReport) -> tuple[str, ...]:
     said += [f"{reason[0].upper()}{reason[1:]}." for reason in report.reasons]
     if report.training_seconds:
         share = report.seconds / report.training_seconds
-        said.append(f"Measuring took {report.seconds:.1f} s, {share:.0%} of the training's time.")
+        measured = f"; {report.fraction:.0%} of the planned sample" if report.fraction < 1.0 else ""
+        said.append(f"Measuring took {report.seconds:.1f} s, {share:.0%} of the training's time{measured}.")
     return tuple(said)
 
 
