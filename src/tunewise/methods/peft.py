@@ -51,6 +51,9 @@ NOT_DRY = {
 }
 """Kinds that need values where a dry run has none."""
 
+AS_CACHE = frozenset(("CARTRIDGE", "PREFIX_TUNING"))
+"""Kinds whose virtual tokens reach the blocks as cached keys and values."""
+
 OURS = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path")
 """Options that are not the user's: they follow from training a causal language model."""
 
@@ -101,6 +104,11 @@ class Peft(Method):
             return f"peft's ADALORA looks at all gradients after an update; switch {inside}.in_backward off"
         if self.kind == "ADALORA" and any(method.name == "fp8_lm" for method in recipe.methods or ()):
             return "peft's ADALORA looks at the gradients, which fp8_lm keeps in 8 bits; use another optimizer"
+        if self.kind in AS_CACHE and any(method.name == "checkpointing" for method in recipe.methods or ()):
+            return (
+                f"peft's {self.kind} hands its tokens to the blocks as a cache, which transformers takes from blocks that "
+                "are checkpointed (5.23); leave 'checkpointing' out, or use PROMPT_TUNING"
+            )
         if self.is_prompt_learning:  # beside the model, so it goes with everything inside it
             return None
         low_rank = recipe.get(LowRank)

@@ -16,6 +16,7 @@ from tests.unit.methods.adapted import disturb, logits, make_recipe, make_run, t
 from tunewise.engine.fake_tensors import Answers, FakeTensors
 from tunewise.errors import Conflict, InputError
 from tunewise.export.adapter import load_peft, save_peft
+from tunewise.methods.checkpointing import Checkpointing
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
 from tunewise.methods.peft import NOT_DRY, PROMPT_LEARNING, REFUSED, Peft
@@ -152,6 +153,13 @@ def test_conflicts() -> None:
     assert "cannot wrap quantized layers" in str(ia3.conflict(make_recipe(ia3, Quantize())))
     prompts = Peft(kind="PROMPT_TUNING", options={"num_virtual_tokens": 4})
     assert prompts.conflict(make_recipe(prompts, Quantize())) is None
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE"])
+def test_tokens_that_come_as_a_cache_do_not_reach_checkpointed_blocks(kind: str) -> None:
+    method = Peft(kind=kind, options={"num_virtual_tokens": 4})
+    assert method.conflict(make_recipe(method)) is None
+    assert "'checkpointing' out" in (method.conflict(make_recipe(method, Checkpointing())) or "")
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING"])
