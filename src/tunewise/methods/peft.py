@@ -106,8 +106,8 @@ class Peft(Method):
             return "peft's ADALORA looks at the gradients, which fp8_lm keeps in 8 bits; use another optimizer"
         if self.kind in AS_CACHE and any(method.name == "checkpointing" for method in recipe.methods or ()):
             return (
-                f"peft's {self.kind} hands its tokens to the blocks as a cache, which transformers takes from blocks that "
-                "are checkpointed (5.23); leave 'checkpointing' out, or use PROMPT_TUNING"
+                f"peft's {self.kind} hands its tokens to the blocks as a cache, which transformers (5.23) takes from "
+                "blocks that are checkpointed; leave 'checkpointing' out, or use PROMPT_TUNING"
             )
         if self.is_prompt_learning:  # beside the model, so it goes with everything inside it
             return None
