@@ -82,8 +82,8 @@ Of 158 recipes (22 architectures, every method and setting changed one at a time
 every file that we write: 157 each of TRL, LLaMA-Factory and Unsloth, 158 of axolotl, 125 of torchtune (33 are refused
 by us with the reason, mostly architectures that torchtune does not build). Every key is read back as it was written,
 but for two: LLaMA-Factory takes one token off `cutoff_len` when it packs, axolotl spells `selective_checkpointing:
-true` out. Where a parser asks for a GPU, its questions were answered as by an A100 (151 of TRL's, 152 of LLaMA-Factory's).
-`python benchmarks/export/accept.py --json OUT`.
+true` out. Where a parser asks for a GPU, its questions were answered as by an A100 (151 of TRL's, 152 of
+LLaMA-Factory's). `python benchmarks/export/accept.py --json OUT`.
 
 Three things that a table does not show:
 
