@@ -135,8 +135,11 @@ class MethodStudy:
     @property
     def own(self) -> On:
         """The user's methods, without those that only save memory."""
-        memory = {f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning"}
-        return self.space.of_base() - memory
+        return self.space.of_base() - self._memory()
+
+    def _memory(self) -> On:
+        """Methods that do nothing but save memory."""
+        return frozenset(f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning")
 
     def _around(self) -> None:
         """Switch one factor of the user's recipe at a time, then all those together that made it faster.
@@ -221,19 +224,26 @@ class MethodStudy:
         promising = self._promising()
         for repeat in range(REPEATS):
             for on in promising:
-                if repeat == 0 or self._budget_left() > self._cost(1):
+                if (repeat == 0 and not self._answers()) or self._budget_left() > self._cost(1):
                     self._try(on, "candidate", repeat)
-        fitting = [self.tried[on] for on in promising if on in self.tried and self.tried[on].is_sound]
-        fitting = [tried for tried in fitting if tried.peak_bytes <= self.limit_bytes]
-        if not fitting:
-            measured = [t for t in self.tried.values() if t.is_sound and t.peak_bytes <= self.limit_bytes]
-            fitting = [t for t in measured if self.keeps_what_is_learnt(t.on)] or measured
-        if not fitting:
+        measured = self._answers() or self._fitting()
+        if not measured:
             raise InputError("No combination of methods that was tried fits into memory and computes what it should.")
+        fitting = [tried for tried in measured if tried.on in promising] or measured
         ranked = sorted(self._within_the_budget_of_forgetting(fitting), key=lambda tried: tried.seconds)
+        if len(ranked) < 2:  # the budget ended before a second one was tried, but others were for other reasons
+            others = [tried for tried in measured if tried not in fitting and not tried.on & self._memory()]
+            ranked += sorted(others, key=lambda tried: tried.seconds)
         self._say_what_was_faster_and_forgot(ranked[0])
         self.winner = ranked[0].on
         self.runner_up = ranked[1].on if len(ranked) > 1 else None
+
+    def _fitting(self) -> list[Tried]:
+        return [tried for tried in self.tried.values() if tried.is_sound and tried.peak_bytes <= self.limit_bytes]
+
+    def _answers(self) -> list[Tried]:
+        """What was measured, fits, is sound and learns the user's problem."""
+        return [tried for tried in self._fitting() if self.keeps_what_is_learnt(tried.on)]
 
     def _within_the_budget_of_forgetting(self, fitting: list[Tried]) -> list[Tried]:
         """Return those that do not already forget too much; where all do, none is worse than another."""
@@ -256,7 +266,7 @@ class MethodStudy:
         scored = [(expected_seconds(self, on), on) for on in candidates if self._expected_to_fit(on)]
         if self.max_forgetting is not None:
             scored = [pair for pair in scored if expected_forgetting(self, pair[1]) <= self.max_forgetting] or scored
-        memory = {f.name for f in self.space.factors if f.saves_memory_only and f.fidelity != "learning"}
+        memory = self._memory()
         lean = [(seconds, on) for seconds, on in scored if not on & memory]
         best_lean = min((seconds for seconds, _ in lean), default=math.inf)
         allowed = [

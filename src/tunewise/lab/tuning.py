@@ -277,21 +277,24 @@ class Tuning:
         winner = self._candidate(study, study.winner)
         runner_up = None if study.runner_up is None else self._candidate(study, study.runner_up)
         batch = self._batch_tokens()
-        contenders = 1 if runner_up is None else 2
+        # A slow runner-up takes as much longer as its steps did.
+        contenders, weight = 1, 1.0
+        if study.runner_up is not None:
+            contenders, weight = 2, 1.0 + study.tried[study.runner_up].seconds / study.tried[study.winner].seconds
         tokens = max((arm.budget_tokens for arm in self.batch.arms), default=8 * batch) if self.batch else 8 * batch
         overhead = self._overhead_seconds(self.recipe.evaluation.max_documents)
         pace = self.laboratory.pace("batch size")
         per_token = pace * self.run_seconds(batch) / self.place.run_tokens
-        affordable = (budget_seconds / (2 * contenders) - overhead) / per_token
+        affordable = (budget_seconds / 2 - contenders * overhead) / (weight * per_token)
         tokens = int(max(8 * batch, min(tokens, affordable)))
-        seconds = tokens * per_token + overhead
+        seconds = weight * tokens * per_token + contenders * overhead
         self.confirmation, swap = confirm(
             self.laboratory,
             winner,
             runner_up,
             budget_tokens=tokens,
-            num_seeds=2 if 2 * contenders * seconds <= 1.5 * budget_seconds else 1,
-            expected_seconds=seconds / pace,
+            num_seeds=2 if 2 * seconds <= 1.5 * budget_seconds else 1,
+            expected_seconds=seconds / contenders / pace,
             tie_band=self.batch.tie_band if self.batch else 0.01,
             max_forgetting=self._max_forgetting,
         )

@@ -294,6 +294,13 @@ def test_a_small_budget_still_gives_an_answer() -> None:
     assert len(cast(Formula, done.laboratory).asked) <= 16
 
 
+def test_a_budget_that_the_plain_form_has_used_up_buys_no_candidate_that_nobody_asked_for() -> None:
+    done = run(budget=3.0)  # a trial takes a second
+    laboratory = cast(Formula, done.laboratory)
+    assert laboratory.asked == [frozenset(), frozenset({"lora"}), done.own]
+    assert (done.winner, done.runner_up) == (done.own, frozenset({"lora"}))
+
+
 def test_nothing_that_works_is_an_error() -> None:
     names = dict.fromkeys(EFFECT, Failed(reason="broken"))
     done = study(broken=names)
