@@ -98,4 +98,4 @@ def test_other_precisions_stay_within_their_rounding(problem: str, precision: Pr
 def test_the_number_of_cases_does_not_fall() -> None:
     every_optimizer = {method for method in ALL if method.slot == Slot.OPTIMIZER}
     assert {type(method) for method in OPTIMIZERS.values()} | {PagedAdamW8bit} == every_optimizer  # that needs CUDA
-    assert len(PROBLEMS) * len(OPTIMIZERS) == 156
+    assert len(PROBLEMS) * len(OPTIMIZERS) == 168

@@ -27,6 +27,7 @@ from tunewise.planner import cache
 from tunewise.planner.calibration import Correction, correction
 from tunewise.planner.footprint import Bytes, Footprint, footprint, num_parameters
 from tunewise.planner.load import Load, Rows
+from tunewise.planner.places import bytes_at, difference, moment_of
 from tunewise.planner.plain import estimate_from_plain, estimate_to_plain
 from tunewise.planner.roofline import Seconds, seconds_of
 from tunewise.planner.space import ALL_BLOCKS, FULL, KEPT, LORA, PADDED, SUPERVISED, Choice, Option
@@ -166,7 +167,7 @@ class Predictor:
         """Return what weights, gradients, state and update need at least; traced at a few tokens."""
         choice = choice.replaced("checkpointing", ALL_BLOCKS).replaced("loss", SUPERVISED)
         small = self._footprint(choice, is_small=True)
-        return max(float(lines.at(0).sum()) for name, lines in small.places.items() if _moment(name) != Moment.SAVE)
+        return max(float(lines.at(0).sum()) for name, lines in small.places.items() if moment_of(name) != Moment.SAVE)
 
     def least_seconds(self, choice: Choice) -> float:
         """Return what a step takes at least: with all activations kept, whatever its optimizer and its micro-batch."""
@@ -238,21 +239,21 @@ class Predictor:
         base_choice = self._traced_choice(choice)
         base = self._footprint(base_choice)
         accumulates = rows.micro_batches_per_step > 1 and not choice.updates_in_backward
-        gradients = float(_at(base, "update head", tokens)[Kind.GRADIENTS]) if accumulates else None
+        gradients = float(bytes_at(base, "update head", tokens)[Kind.GRADIENTS]) if accumulates else None
         changes = self._changes(choice, base_choice)
         best_name, best = "", np.zeros(len(Kind))
         places = dict(base.places)
         if base_choice["checkpointing"] != KEPT:  # evaluation keeps no activations, so it is traced once for all
             other = self._footprint(base_choice.replaced("checkpointing", KEPT))
-            places |= {name: lines for name, lines in other.places.items() if _moment(name) == Moment.EVALUATION}
+            places |= {name: lines for name, lines in other.places.items() if moment_of(name) == Moment.EVALUATION}
         for name, lines in places.items():
-            moment = _moment(name)
+            moment = moment_of(name)
             if moment == Moment.SAVE and self.profile.kind != "cpu":
                 continue  # what is saved is copied to the host
             inside = gradients if moment in _BLOCKS else None
             by_kind = lines.at(tokens, inside)
             for new, old in changes:
-                by_kind = by_kind + _difference(new, old, name, tokens, inside)
+                by_kind = by_kind + difference(new, old, name, tokens, inside)
             factor = self._logits_factor(choice, rows, moment)
             if factor is not None:
                 by_kind[Kind.LOGITS] = lines.at(base.tokens[0])[Kind.LOGITS] * factor
@@ -375,29 +376,6 @@ def _checkpointing_change(choice: Choice, traced: Choice) -> list[tuple[Choice, 
         return []
     kept = traced.replaced("tuning", LORA)
     return [(kept.replaced("checkpointing", choice["checkpointing"]), kept)]
-
-
-def _moment(place: str) -> str:
-    """Return the moment in a place's name."""
-    return place.split(" ")[0]
-
-
-def _difference(new: Footprint, old: Footprint, name: str, tokens: float, gradients: float | None) -> Bytes:
-    """Return what a change adds to a place; to a moment that was not traced, the optimizer's state only."""
-    if not all(any(_moment(other) == _moment(name) for other in seen.places) for seen in (new, old)):
-        change = np.zeros(len(Kind))
-        change[Kind.OPTIMIZER] = (_at(new, "update head", tokens) - _at(old, "update head", tokens))[Kind.OPTIMIZER]
-        return change
-    return _at(new, name, tokens, gradients) - _at(old, name, tokens, gradients)
-
-
-def _at(seen: Footprint, name: str, tokens: float, gradients: float | None = None) -> Bytes:
-    """Return the bytes of a place; where a footprint has no such place, of the fullest one of the same moment."""
-    lines = seen.places.get(name)
-    if lines is not None:
-        return lines.at(tokens, gradients)
-    same = [other.at(tokens, gradients) for key, other in seen.places.items() if _moment(key) == _moment(name)]
-    return max(same, key=lambda each: float(each.sum())) if same else np.zeros(len(Kind))
 
 
 def _supervised_is_possible(choice: Choice) -> bool:
