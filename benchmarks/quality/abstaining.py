@@ -12,7 +12,6 @@ right, refused, wrong are shares of greedy answers. A call ends after `--minutes
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from unknown_facts import NUM_HELD, NUM_KNOWN, SEEDS, recipe_of, teach, write
+from unknown_facts import NUM_HELD, NUM_KNOWN, SEEDS, asked, recipe_of, teach, write
 
 from tunewise import api
 from tunewise.engine.assemble import settle
@@ -104,15 +103,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     """Do what is not done yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="OUT")
-    parser.add_argument("--folder", type=Path, default=Path("runs") / "abstaining")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so long")
-    arguments = parser.parse_args()
+    arguments, rows = asked(__doc__, "abstaining")
     end = time.monotonic() + 60 * arguments.minutes
-    rows: list[dict[str, Any]] = []
-    if arguments.json.is_file():
-        rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
     done = {(row["seed"], row["arm"]) for row in rows}
     left = [(seed, arm) for seed in SEEDS for arm in ARMS if (seed, arm) not in done]
     for number, (seed, arm) in enumerate(left):

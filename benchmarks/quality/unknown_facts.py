@@ -160,16 +160,22 @@ def _as_published(found: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None, name: str) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """Return the command line of a benchmark that goes on where it was, and the rows that its OUT holds already."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
-    parser.add_argument("--folder", type=Path, default=Path("runs") / "unknown-facts")
+    parser.add_argument("--folder", type=Path, default=Path("runs") / name)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so long")
     arguments = parser.parse_args()
-    end = time.monotonic() + 60 * arguments.minutes
     rows: list[dict[str, Any]] = []
     if arguments.json.is_file():
         rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
+    return arguments, rows
+
+
+def main() -> int:
+    arguments, rows = asked(__doc__, "unknown-facts")
+    end = time.monotonic() + 60 * arguments.minutes
     done = {(row["seed"], row["mix"]) for row in rows}
     left = [(seed, mix) for seed in SEEDS for mix in MIXES if (seed, mix) not in done]
     for number, (seed, mix) in enumerate(left):

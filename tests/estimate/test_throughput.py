@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "estimate" / "throughput.py"
+from tests.loading import load_benchmark
+
 KEYS = {"rows_used", "rows_left_out", "median_error", "p90_error", "worst_error", "bias", "under_predictions"}
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("estimate_throughput", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(BENCHMARK.parent))  # where a script finds the modules beside it
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARK.parent))
-    return module
-
-
-benchmark = _load()
+benchmark = load_benchmark("estimate/throughput.py", "estimate_throughput")
 
 SOUND = {
     "id": "1", "source": "here", "model": "owner/our-llama-chat", "kind": "LoRA fine-tuning (r=8)", "seq_len": "2048",

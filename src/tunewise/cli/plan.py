@@ -26,9 +26,7 @@ def run(
     price: Annotated[float | None, typer.Option(help="Price of the machine per hour.")] = None,
     wanted: Annotated[list[str] | None, typer.Option("--with", help="A method that must be in the recipe.")] = None,
     unwanted: Annotated[list[str] | None, typer.Option("--without", help="A method that must not be.")] = None,
-    quality: Annotated[
-        str, typer.Option(help="exact, rounding or learning: how far from a plain run, which has what --with names.")
-    ] = "learning",
+    quality: Annotated[str, typer.Option(help="How far from a plain run: exact, rounding, learning.")] = "learning",
     measure: Annotated[
         bool, typer.Option("--measure", help="Also time the recommended step here, on a few blocks.")
     ] = False,
