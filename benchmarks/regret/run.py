@@ -40,7 +40,7 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 BAND = 0.01
 """Nats above the lowest loss that still count as reaching it."""
 
-SEARCH_SHARE = 0.14
+SEARCH_SHARE = 0.13
 """Of the grid's compute, what the tuning may spend; the aim is 15 %, and a trial may last longer than expected."""
 
 SHORTEST_SEARCH = 60.0
