@@ -1,12 +1,13 @@
 """Predicted tokens per second against the training's, on this machine's CPU.
 
-    python benchmarks/estimate/time_cpu.py --json OUT [--rows N] [--seconds N]
+    python benchmarks/estimate/time_cpu.py --json OUT [--seed N] [--rows N] [--seconds N]
 
 Every row is a recipe for a random model of 8 to 24 blocks and documents of uneven lengths. The prediction is
 `tunewise plan --measure`'s (`planner.rehearsal`): the step timed on two models of fewer blocks, or on the whole model
 where it is small. Then the engine does global steps of training with the whole model, each of other documents, and the
 median of their tokens per second is what is compared: a machine that stands still for a second is nobody's recipe.
-Each row has a process of its own.
+Each row has a process of its own. The interval's width was set on the rows of seed 0 (`rehearsal.OFF_BY`), so those of
+another seed are what judges it.
 
 With --seconds the call begins no row after so long (exit code 75), and the same command goes on: rows are kept in OUT.
 """
@@ -211,13 +212,14 @@ def main() -> int:
     """Run what is still to come and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--seed", type=int, default=0, help="draws other rows")
     parser.add_argument("--rows", type=int, help="no more than so many")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after so long")
     arguments = parser.parse_args()
     out: Path = arguments.json
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.is_file() else []
     known = {Case(**{name: row[name] for name in Case.__dataclass_fields__}) for row in rows}
-    chosen = cases()[: arguments.rows]
+    chosen = cases(arguments.seed)[: arguments.rows]
     deadline = time.monotonic() + arguments.seconds
     for case in chosen:
         if case in known:

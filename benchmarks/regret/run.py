@@ -46,7 +46,7 @@ SEARCH_SHARE = 0.13
 SHORTEST_SEARCH = 60.0
 """Seconds; with less than this there is no search. On a small grid it is a larger share, and the summary says so."""
 
-REPEATS = 4
+REPEATS = 6
 """Fresh seeds with which both answers are trained again."""
 
 
@@ -58,7 +58,8 @@ class Workload:
         recipe: where the tuning starts.
         batches: supervised tokens a step.
         rates: factors on the square-root rule's learning rate.
-        methods: factors whose combinations are tried; others are as in the recipe.
+        methods: factors whose combinations are tried, where the machine has them (it may lack bf16); others are as in
+            the recipe.
     """
 
     recipe: dict[str, Any]
@@ -138,7 +139,8 @@ class Bench:
         place = self.tuning.place
         space = factor_space(recipe, place.plan.config, place.machine, place.predictor(recipe))
         present = space.of_base()
-        others = [name for name in space.names if name not in self.workload.methods]
+        self.methods = tuple(name for name in self.workload.methods if name in space.names)
+        others = [name for name in space.names if name not in self.methods]
         return space.holding(name for name in others if name in present).without(
             name for name in others if name not in present
         )
@@ -149,8 +151,8 @@ class Bench:
         assert rate is not None
         combinations = [
             frozenset(chosen)
-            for size in range(len(self.workload.methods) + 1)
-            for chosen in itertools.combinations(self.workload.methods, size)
+            for size in range(len(self.methods) + 1)
+            for chosen in itertools.combinations(self.methods, size)
         ]
         own = self.tuning.place.batch_tokens
         return [
@@ -189,7 +191,7 @@ class Bench:
 
 def run_grid(bench: Bench, deadline: float) -> list[Cell]:
     """Train the whole grid, or end this call when the time is over."""
-    found = []
+    found: list[Cell] = []
     for batch, rate, on in bench.cells():
         if time.monotonic() > deadline:
             print(f"{len(found)} of {len(bench.cells())} runs done; call again to go on")
@@ -284,6 +286,7 @@ def main() -> int:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
+        "methods": bench.methods,
         "summary": summary,
         **compared,
         "batch_verdict": tuning.batch.sentences if tuning.batch else (),
