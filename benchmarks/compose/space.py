@@ -209,10 +209,12 @@ def _patterns(architecture: str) -> tuple[str, ...]:
 
 
 def _quantize(draw: random.Random) -> Options:
-    kind = draw.choice(("nf4", "fp4", "int8", "int4", "int3", "int2"))
+    kind = draw.choice(("nf4", "fp4", "int8", "fp8", "int4", "int3", "int2"))
     options: Options = {"kind": kind}
     if kind in ("nf4", "fp4") and draw.random() < 0.3:
         options["double_quant"] = False
-    if kind != "int8" and draw.random() < 0.4:
+    if kind in ("int8", "fp8"):
+        options["compute"] = draw.choice(("dequantize", kind))
+    elif draw.random() < 0.4:
         options["block_size"] = draw.choice((32, 64, 128))
     return options

@@ -3,11 +3,13 @@
     python benchmarks/gpu/run.py --stage correctness --out results/
     python benchmarks/gpu/run.py --stage memory --out results/
     python benchmarks/gpu/run.py --stage speed --out results/
+    python benchmarks/gpu/run.py --stage fp8 --out results/
 
 `correctness`: loss and gradients of every method and pair of the laws on the device, in fp32, against plain eager
 attention on the same device. `memory`: the dry run's peak against `max_memory_allocated` and `max_memory_reserved`.
 `speed`: tokens/s and the share of the measured bf16 matmul ceiling, for LoRA, QLoRA and full fine-tuning of true shapes
-with random weights, and the roofline's time of the same step. Each stage writes `STAGE.json` with versions and date; a
+with random weights, and the roofline's time of the same step. `fp8`: products in FP8 against their plain twin and
+bf16's time, and the loss of LoRA over them against bf16's. Each stage writes `STAGE.json` with versions and date; a
 stage begins no case after eight minutes and says how many it has not reached. `--device cpu --tiny` runs all of it on
 small shapes where there is no GPU, to try the script; its numbers mean nothing.
 """
@@ -21,6 +23,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from tests.laws.test_same_gradients import (  # noqa: E402 - the laws are where 
     COMBINATIONS,
     PROBLEMS,
     SAME,
+    TOLERANCES,
     loss_and_gradients,
     make_run,
 )
@@ -49,7 +54,8 @@ from tunewise.engine.step import (  # noqa: E402
     set_learning_rate,
     update,
 )
-from tunewise.errors import TunewiseError  # noqa: E402
+from tunewise.errors import Conflict, TunewiseError  # noqa: E402
+from tunewise.layers import fp8  # noqa: E402
 from tunewise.machine.machine import Machine  # noqa: E402
 from tunewise.machine.probe import measure_machine  # noqa: E402
 from tunewise.methods import complete  # noqa: E402
@@ -71,7 +77,8 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 VOCAB_SIZE = {"tiny": 1024}
 LORA, QLORA = {"lora": {"rank": 16}}, {"lora": {"rank": 16}, "quantize": {"kind": "nf4"}}
-KINDS: dict[str, dict[str, Any]] = {"lora": LORA, "qlora": QLORA, "full": {}}
+FP8 = {"lora": {"rank": 16}, "quantize": {"kind": "fp8", "compute": "fp8"}}
+KINDS: dict[str, dict[str, Any]] = {"lora": LORA, "qlora": QLORA, "lora fp8": FP8, "full": {}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"checkpointing": {}},
@@ -155,26 +162,36 @@ class Clock:
 
 def correctness(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     """Every method alone and in pairs against the plain run on the same device."""
-    rows, clock = [], Clock()
+    rows, left_out, clock = [], [], Clock()
     for problem in list(PROBLEMS)[: 2 if is_tiny else None]:
         if not clock.has_time():
             continue
-        reference = loss_and_gradients(make_run(PROBLEMS[problem], 7, device=device))
+        try:
+            reference = loss_and_gradients(make_run(PROBLEMS[problem], 7, device=device))
+        except Conflict as conflict:  # products in int8 are the CPU's, those in FP8 need bf16 here: stage fp8
+            left_out.append({"case": problem, "why": str(conflict)})
+            continue
         for combination in COMBINATIONS[: 3 if is_tiny else None]:
             if not clock.has_time():
                 continue
             methods = (*PROBLEMS[problem], *(SAME[name] for name in combination))
-            loss, found = loss_and_gradients(make_run(methods, 2, device=device))
+            case = f"{problem}: {'+'.join(combination)}"
+            try:
+                loss, found = loss_and_gradients(make_run(methods, 2, device=device))
+            except Conflict as conflict:  # the compiled kernels are the CPU's
+                left_out.append({"case": case, "why": str(conflict)})
+                continue
             scale = max(float(gradient.norm()) for gradient in reference[1].values())
             worst = max(
                 float((found[name] - gradient).norm()) / max(float(gradient.norm()), 1e-3 * scale)
                 for name, gradient in reference[1].items()
             )
             loss_error = abs(loss / reference[0] - 1)
-            rows.append({"case": f"{problem}: {'+'.join(combination)}", "loss": loss_error, "gradient": worst})
-    failed = [row for row in rows if max(row["loss"], row["gradient"]) > 1e-4]
-    summary = {"cases": len(rows), "failed": len(failed), "not_reached": clock.not_reached}
-    return {"summary": summary, "failed": failed, "rows": rows}
+            allowed = max(1e-4, TOLERANCES.get(problem, 0.0))
+            rows.append({"case": case, "loss": loss_error, "gradient": worst, "allowed": allowed})
+    failed = [row for row in rows if max(row["loss"], row["gradient"]) > row["allowed"]]
+    summary = {"cases": len(rows), "failed": len(failed), "left_out": len(left_out), "not_reached": clock.not_reached}
+    return {"summary": summary, "failed": failed, "left_out": left_out, "rows": rows}
 
 
 def profile_of_device(device: torch.device) -> DeviceProfile:
@@ -234,7 +251,9 @@ def speed(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     ceiling = machine.flops_per_second["bf16"]
     rows, clock = [], Clock()
     for shape in ("tiny",) if is_tiny else ("1B", "8B"):
-        for kind in ("lora",) if is_tiny else ("lora", "qlora") if shape == "8B" else tuple(KINDS):
+        for kind in (
+            ("lora", "lora fp8") if is_tiny else ("lora", "qlora", "lora fp8") if shape == "8B" else tuple(KINDS)
+        ):
             if not clock.has_time():
                 continue
             recipe, batch = recipe_of(shape, kind, "plain", device), batch_of(512 if is_tiny else 4096)
@@ -253,7 +272,7 @@ def speed(device: torch.device, is_tiny: bool) -> dict[str, Any]:
             median = statistics.median(seconds)
             weights = sum(p.numel() for n, p in run.model.named_parameters() if "embed" not in n and p.ndim == 2)
             passes = 6 if kind == "full" else 4  # a frozen weight has no gradient of its own
-            share = None if kind == "qlora" else passes * weights * tokens / median / ceiling
+            share = None if kind in ("qlora", "lora fp8") else passes * weights * tokens / median / ceiling
             row = {"case": f"{shape} {kind}", "tokens_per_second": tokens / median, "share_of_ceiling": share}
             rows.append({**row, "roofline_seconds": roofline, "over_roofline": median / roofline, "seconds": seconds})
             del run, optimizer
@@ -274,7 +293,70 @@ def roofline_seconds(recipe: Recipe, shape: str, batch: BatchShape, machine: Mac
     return max(busy, host) if device.type == "cuda" else busy + host
 
 
-STAGES = {"correctness": correctness, "memory": memory, "speed": speed}
+def fp8_products(device: torch.device, is_tiny: bool) -> dict[str, Any]:
+    """Products in FP8 against their plain twin and against bf16's time; what LoRA over them learns against bf16's."""
+    rows = []
+    for tokens, inputs, outputs in ((64, 128, 256),) if is_tiny else ((4096, 4096, 4096), (4096, 4096, 14336)):
+        x, weight = (torch.randn(*size, device=device).bfloat16() for size in ((tokens, inputs), (outputs, inputs)))
+        rounded, (packed, scale) = fp8.quantize_rows(x), fp8.quantize_rows(weight)
+        twin = fp8.plain_matmul(rounded, packed, scale, torch.float32)
+        error = (fp8.matmul(rounded, packed, scale, torch.bfloat16).float() - twin).abs().max() / twin.abs().max()
+        back = fp8.quantize_rows(twin.bfloat16(), scale)
+        twin = fp8.plain_matmul(back, packed, None, torch.float32, by_columns=True)
+        made = fp8.matmul(back, packed, None, torch.bfloat16, by_columns=True)
+        rows.append(
+            {
+                "case": f"{tokens} x {inputs} -> {outputs}",
+                "forward_error": float(error),
+                "backward_error": float((made.float() - twin).abs().max() / twin.abs().max()),
+                "seconds_bf16": median_seconds(partial(torch.nn.functional.linear, x, weight), device),
+                "seconds_fp8": median_seconds(partial(fp8.matmul, rounded, packed, scale, torch.bfloat16), device),
+                "seconds_rounding": median_seconds(partial(fp8.quantize_rows, x), device),
+            }
+        )
+    shape, steps = ("tiny", 5) if is_tiny else ("1B", 60)
+    losses = {kind: learn(shape, kind, steps, device) for kind in ("lora", "lora fp8")}
+    failed = [row for row in rows if max(row["forward_error"], row["backward_error"]) > 2**-7]
+    summary = {
+        "rows": len(rows),
+        "failed": len(failed),
+        "times_bf16": statistics.median(row["seconds_bf16"] / row["seconds_fp8"] for row in rows),
+        "learnt_in_bf16": losses["lora"][0] - losses["lora"][-1],
+        "last_loss_over_bf16s": losses["lora fp8"][-1] - losses["lora"][-1],
+    }
+    return {"summary": summary, "failed": failed, "rows": rows, "losses": losses}
+
+
+def learn(shape: str, kind: str, steps: int, device: torch.device) -> list[float]:
+    """Return the losses of steps on the same row, in which each token decides its label."""
+    run, batch = build_run(recipe_of(shape, kind, "plain", device), shape, device), batch_of(512).build()
+    tokens, every_2nd = torch.arange(batch.num_tokens) * 7 % 501, slice(0, 2 * batch.num_supervised, 2)
+    batch.input_ids_RL.view(-1).copy_(tokens)
+    batch.labels_RL.fill_(-100)
+    batch.labels_RL.view(-1)[every_2nd] = (tokens * 3 % 499)[every_2nd]
+    optimizer, scaler = run.make_optimizer(parameter_groups(run)), torch.amp.GradScaler(device.type, enabled=False)
+    set_learning_rate(optimizer, 1e-3)
+    losses = []
+    for _ in range(steps):
+        losses.append(float(gradients(run, [batch], batch.num_supervised, scaler)))
+        clipped_norm(run, optimizer, scaler)
+        update(run, optimizer, scaler)
+    return losses
+
+
+def median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median of twenty, after five to warm up."""
+    seconds = []
+    for _ in range(25):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[5:])
+
+
+STAGES = {"correctness": correctness, "memory": memory, "speed": speed, "fp8": fp8_products}
 
 
 def main(stage: str, out: Path, device_name: str, is_tiny: bool) -> int:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunewise.layers.fused import SwiGLU, can_compute, swiglu, swiglu_backward_
-from tunewise.layers.int8_linear import outputs_of
 from tunewise.layers.linear import add_input_gradient, compute_dtype, without_view
 from tunewise.layers.lora import LoRALinear
+from tunewise.layers.narrow_linear import outputs_of
 
 
 def are_plain_lora(layers: Sequence[nn.Module]) -> bool:

@@ -10,7 +10,8 @@ from torch import nn
 from tunewise.errors import Conflict
 from tunewise.layers.blocks import FusedAttention, fused_twin
 from tunewise.layers.head import base_model_of
-from tunewise.layers.int8_linear import Int8ProductLinear, unpacked_products
+from tunewise.layers.int8_linear import Int8ProductLinear
+from tunewise.layers.narrow_linear import unpacked_products
 from tunewise.layers.native import library
 from tunewise.layers.products import attend
 from tunewise.methods.attention import Attention

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
+import torch
 from pydantic import model_validator
 from torch import nn
 
 from tunewise.errors import Conflict
+from tunewise.layers import fp8
+from tunewise.layers.fp8_linear import Fp8ProductLinear
 from tunewise.layers.group_quantized import GROUP_KINDS, GroupKind, GroupQuantizedLinear
 from tunewise.layers.int8_linear import Int8ProductLinear
-from tunewise.layers.linear import is_tied, linear_layers, output_head, stacked_experts, weight_of
+from tunewise.layers.linear import (
+    is_tied,
+    linear_layers,
+    linear_shape,
+    output_head,
+    stacked_experts,
+    weight_of,
+)
 from tunewise.layers.quantized import QuantizedLinear, QuantKind, quantize_linear
 from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
@@ -22,7 +32,7 @@ from tunewise.methods.naming import select
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
 from tunewise.units import format_bytes
 
-Compute = Literal["dequantize", "int8"]
+Compute = Literal["dequantize", "int8", "fp8"]
 
 HEAD = "lm_head"
 """Names the output head in `skip_modules`, whatever the model itself calls it."""
@@ -31,24 +41,26 @@ HEAD = "lm_head"
 class Quantize(Method):
     """Pack the linear layers' weights; they are unpacked for every use and never trained.
 
-    Formula: W ~ level[code] x scale of its block; nf4's levels are the quantiles of N(0, 1), int8 has a scale a
-    row, int4 to int2 a scale and an offset a group.
+    Formula: W ~ level[code] x scale of its block; nf4's levels are the quantiles of N(0, 1), int8 and fp8 have a
+    scale a row, int4 to int2 a scale and an offset a group.
 
     Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), sections 2 and 3; Xu et al. 2023, "QA-LoRA"
     (2309.14717) for the groups. When to use: frozen weights fill the memory and an adapter is trained beside them.
     When not: weights fit in 16 bits: every use unpacks them, so a step takes longer; or they are trained (refused).
 
     Attributes:
-        kind: "nf4" or "fp4" (bitsandbytes), "int8" (weight only, one scale a row; needs no library), or "int4",
+        kind: "nf4" or "fp4" (bitsandbytes), "int8" or "fp8" (E4M3; one scale a row; need no library), or "int4",
             "int3", "int2" (a scale and an offset for each group of inputs; needs no library; with 'qalora' the merged
             model keeps these bits).
         double_quant: whether the scales of 4-bit blocks are stored in 8 bits; None means yes. For nf4 and fp4.
-        block_size: weights that share a scale; None means 64, and 32 for int4, int3 and int2. Not for int8.
+        block_size: weights that share a scale; None means 64, and 32 for int4, int3 and int2. Not for int8
+            and fp8.
         compute: "dequantize" multiplies with the unpacked weight; "int8" (with kind int8, on a CPU) multiplies in 8
             bits: the rows of the inputs are rounded as well, forward and for the inputs' gradients (W8A8, as
             SwitchBack), up to twice as fast as bf16 where the processor has AVX-512 VNNI and 'fused' compiles its
-            kernels. What an adapter computes itself keeps its precision, and an output head is unpacked: its gradient
-            rounds badly.
+            kernels; "fp8" (with kind fp8) does the same in E4M3, for the tensor cores of Ada, Hopper and later cards,
+            with precision bf16; a CPU computes it no faster than fp32. What an adapter computes itself keeps its
+            precision, and an output head is unpacked: its gradient rounds badly.
         skip_modules: name endings of layers that keep their precision; "lm_head" means the output head.
     """
 
@@ -64,11 +76,12 @@ class Quantize(Method):
 
     @model_validator(mode="after")
     def _options_of_the_kind(self) -> Self:
-        if self.kind == "int8" and (self.double_quant is not None or self.block_size is not None):
-            raise ValueError("'double_quant' and 'block_size' belong to nf4 and fp4; int8 has one scale a row")
-        if self.compute == "int8" and self.kind != "int8":
+        if self.kind in ("int8", "fp8") and (self.double_quant is not None or self.block_size is not None):
+            raise ValueError(f"'double_quant' and 'block_size' belong to nf4 and fp4; {self.kind} has one scale a row")
+        if self.compute != "dequantize" and self.kind != self.compute:
             raise ValueError(
-                f"compute: int8 multiplies weights in 8 bits, and {self.kind} has other ones; use kind: int8"
+                f"compute: {self.compute} multiplies weights that are stored so, and {self.kind} has other ones; use "
+                f"kind: {self.compute}"
             )
         if self.kind in GROUP_KINDS and self.double_quant is not None:
             raise ValueError(f"'double_quant' belongs to nf4 and fp4; {self.kind} keeps its scales as they are")
@@ -85,13 +98,15 @@ class Quantize(Method):
 
         Raises:
             InputError: `skip_modules` names something that the model does not have.
-            Conflict: the output head should be packed but shares its tensor with the token embedding; or compute int8
-                elsewhere than on a CPU.
+            Conflict: the output head should be packed but shares its tensor with the token embedding; or the device
+                does not multiply what `compute` names.
             MissingBackend: nf4 or fp4 without bitsandbytes.
         """
+        layers, head = self._targets(run.model), output_head(run.model)
         if self.compute == "int8" and run.device.type != "cpu":
             raise Conflict("quantize: compute int8 is for CPUs. Leave it out, or train with device: cpu.")
-        layers, head = self._targets(run.model), output_head(run.model)
+        if self.compute == "fp8" and run.device.type == "cuda":
+            _check_fp8(run, {name: layer for name, layer in layers.items() if layer is not head})
         low_rank = run.recipe.get(LowRank)
         is_needed = low_rank is not None and low_rank.needs_original_weights
         before = after = 0
@@ -106,7 +121,7 @@ class Quantize(Method):
             run.model.set_submodule(name, packed)
             if run.streamer is not None:
                 run.streamer.park_inside(name, packed)
-        multiplied = ", multiplied in 8 bits" if self.compute == "int8" else ""
+        multiplied = {"int8": ", multiplied in 8 bits", "fp8": ", multiplied in FP8"}.get(self.compute, "")
         sizes = f"{format_bytes(before)} -> {format_bytes(after)}"
         run.say(f"{self.kind} weights in {len(layers)} linear layers{multiplied}: {sizes}")
         stacked = stacked_experts(run.model)
@@ -122,6 +137,8 @@ class Quantize(Method):
             return GroupQuantizedLinear(layer, self.kind, self.block_size or 32)
         if self.compute == "int8" and not is_head:
             return Int8ProductLinear(layer)
+        if self.compute == "fp8" and not is_head:
+            return Fp8ProductLinear(layer)
         return quantize_linear(layer, self.kind, self.block_size or 64, self.double_quant is not False)
 
     def _targets(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -142,3 +159,22 @@ class Quantize(Method):
             for name, layer in layers.items()
             if not any(name == skip or name.startswith(skip + ".") for skip in skipped)
         }
+
+
+def _check_fp8(run: Run, layers: dict[str, nn.Module]) -> None:
+    """See whether a CUDA device can multiply these layers in FP8.
+
+    Raises:
+        Conflict: it is older than Ada, the run does not compute in bf16, or a layer's sizes do not suit.
+    """
+    if not run.is_dry and torch.cuda.get_device_capability(run.device) < (8, 9):
+        raise Conflict("quantize: compute fp8 needs a card of the Ada or Hopper generation or later. Leave it out.")
+    if torch.bfloat16 not in (run.autocast_dtype, run.storage_dtype):
+        raise Conflict("quantize: compute fp8 makes bf16 of its products on CUDA. Use precision: {compute: bf16}.")
+    for name, layer in layers.items():
+        inputs, outputs = linear_shape(layer)
+        if inputs % fp8.MULTIPLE or outputs % fp8.MULTIPLE:
+            raise Conflict(
+                f"quantize: compute fp8 needs sizes that are multiples of {fp8.MULTIPLE} on CUDA, and '{name}' maps "
+                f"{inputs} to {outputs}. Put it into quantize.skip_modules."
+            )

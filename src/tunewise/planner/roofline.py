@@ -40,6 +40,7 @@ _DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8",
     torch.int8: "bf16",  # products in 8 bits are faster, by how much depends on the processor: nothing is promised
 }
 _ATTENTION_WORDS = ("scaled_dot_product", "varlen", "flash")

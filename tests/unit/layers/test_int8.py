@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tunewise.layers import native
 from tunewise.layers.int8 import add_matmul_, matmul, quantize_rows
-from tunewise.layers.int8_linear import Int8ProductLinear, unpacked_products
+from tunewise.layers.int8_linear import Int8ProductLinear
 from tunewise.layers.lora import LoRALinear
+from tunewise.layers.narrow_linear import unpacked_products
 from tunewise.layers.siblings import gated_mlp, siblings
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler for the kernels")

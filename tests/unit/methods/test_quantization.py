@@ -4,6 +4,7 @@ refusals."""
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -14,16 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.unit.architectures import ARCHITECTURES, tiny_model
 from tests.unit.methods.adapted import disturb, logits, make_recipe, make_run, token_ids
 from tunewise.errors import Conflict, InputError
+from tunewise.layers.fp8_linear import Fp8ProductLinear
 from tunewise.layers.int8_linear import Int8ProductLinear
 from tunewise.layers.linear import PackedLinear, output_head
 from tunewise.layers.lora import lora_layers, merge_lora
-from tunewise.layers.quantized import Int8Linear, QuantKind
+from tunewise.layers.quantized import Fp8Linear, Int8Linear, QuantKind
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
 from tunewise.methods.quantization import Quantize
 
 pytest.importorskip("bitsandbytes")
-KINDS: tuple[QuantKind, ...] = ("nf4", "fp4", "int8")
+KINDS: tuple[QuantKind, ...] = ("nf4", "fp4", "int8", "fp8")
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
@@ -82,28 +84,37 @@ def test_the_head_is_packed_on_request_unless_it_is_tied() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
-def test_products_in_8_bits_stay_near_those_with_the_unpacked_weight(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layer_type", "words", "nearness"),
+    [("int8", Int8ProductLinear, "multiplied in 8 bits", 0.03), ("fp8", Fp8ProductLinear, "multiplied in FP8", 0.1)],
+)
+def test_narrow_products_stay_near_those_with_the_unpacked_weight(
+    architecture: str, kind: Literal["int8", "fp8"], layer_type: type, words: str, nearness: float
+) -> None:
     model = tiny_model(architecture)
-    unpacked = logits(make_run(copy.deepcopy(model), Quantize(kind="int8")).model)
-    run = make_run(model, Quantize(kind="int8", compute="int8"), LoRA(rank=4))
-    assert all(isinstance(layer.base_layer, Int8ProductLinear) for layer in lora_layers(run.model).values())
-    assert "multiplied in 8 bits" in run.notes[0]
+    unpacked = logits(make_run(copy.deepcopy(model), Quantize(kind=kind)).model)
+    run = make_run(model, Quantize(kind=kind, compute=kind), LoRA(rank=4))
+    assert all(isinstance(layer.base_layer, layer_type) for layer in lora_layers(run.model).values())
+    assert words in run.notes[0]
     found = logits(run.model)
-    assert 0 < float((found - unpacked).norm() / unpacked.norm()) < 0.03
+    assert 0 < float((found - unpacked).norm() / unpacked.norm()) < nearness
     disturb(run.model)
     run.model.train()(input_ids=token_ids(), use_cache=False).logits.square().mean().backward()
     assert all(parameter.grad is not None for _, parameter in run.trainable())
 
 
-def test_a_head_is_never_multiplied_in_8_bits() -> None:
+@pytest.mark.parametrize(("kind", "layer_type"), [("int8", Int8Linear), ("fp8", Fp8Linear)])
+def test_a_head_is_never_multiplied_in_8_bits(kind: Literal["int8", "fp8"], layer_type: type) -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
-    run = make_run(model, Quantize(kind="int8", compute="int8", skip_modules=()))
-    assert type(output_head(run.model)) is Int8Linear
+    run = make_run(model, Quantize(kind=kind, compute=kind, skip_modules=()))
+    assert type(output_head(run.model)) is layer_type
 
 
 def test_products_in_8_bits_need_a_weight_in_8_bits() -> None:
     with pytest.raises(ValidationError, match="use kind: int8"):
         Quantize(kind="nf4", compute="int8")
+    with pytest.raises(ValidationError, match="use kind: fp8"):
+        Quantize(kind="int8", compute="fp8")
 
 
 def test_says_that_experts_keep_their_precision() -> None:

@@ -170,7 +170,7 @@ def _adapter(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     ledger.take("lora", "adapter")
     targets = peft_targets(ledger, lora, "lora_target_modules, lora_target_linear", "peft_layers_to_transform")
     ledger.need("lora.exclude_modules", (), otherwise="axolotl has no option that leaves modules out; list the others")
-    four_bits = quantize is not None and quantize.kind != "int8"
+    four_bits = quantize is not None and quantize.kind not in ("int8", "fp8")
     written = {
         "adapter": "qlora" if four_bits else "lora",
         "lora_r": ledger.take("lora.rank", "lora_r"),
@@ -210,7 +210,7 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     )
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     skipped = list(ledger.take("quantize.skip_modules", "bnb_config_kwargs: llm_int8_skip_modules"))
-    if quantize.kind == "int8":
+    if quantize.kind in ("int8", "fp8"):
         ledger.miss("quantize.kind", "axolotl has bitsandbytes' LLM.int8, which also rounds the inputs")
         if skipped != [HEAD]:
             ledger.miss("quantize.skip_modules", "with 8 bits axolotl leaves out the output head only")

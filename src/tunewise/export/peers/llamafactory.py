@@ -211,7 +211,7 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     ledger.need("quantize.skip_modules", (HEAD,), otherwise="LLaMA-Factory leaves out the output head only")
     written: dict[str, Any] = {"quantization_method": "bnb"}
-    if quantize.kind == "int8":
+    if quantize.kind in ("int8", "fp8"):
         ledger.miss("quantize.kind", "LLaMA-Factory has bitsandbytes' LLM.int8, which also rounds the inputs")
         return written | {"quantization_bit": 8}
     return written | {

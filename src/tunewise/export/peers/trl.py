@@ -188,7 +188,7 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     )
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     ledger.need("quantize.skip_modules", (HEAD,), otherwise="TRL's command leaves out the output head only")
-    if quantize.kind == "int8":
+    if quantize.kind in ("int8", "fp8"):
         ledger.miss("quantize.kind", "TRL has bitsandbytes' LLM.int8, which also rounds the inputs; written as that")
         return {"load_in_8bit": True}
     nested = quantize.double_quant is not False
