@@ -7,7 +7,7 @@ Every row is a recipe for a random model of 8 to 24 blocks and documents of unev
 where it is small. Then the engine does global steps of training with the whole model, each of other documents, and the
 median of their tokens per second is what is compared: a machine that stands still for a second is nobody's recipe.
 Each row has a process of its own. The interval's width was set on the rows of seed 0 (`rehearsal.OFF_BY`), so those of
-another seed are what judges it.
+another seed are what judges it. A processor that does not multiply bf16 computes rows called mixed and pure in fp32.
 
 With --seconds the call begins no row after so long (exit code 75), and the same command goes on: rows are kept in OUT.
 """
@@ -35,7 +35,7 @@ from transformers import AutoConfig, PretrainedConfig
 from tunewise.engine.build import build
 from tunewise.engine.measure import Measuring
 from tunewise.methods import complete
-from tunewise.methods.precision import Precision
+from tunewise.methods.precision import Precision, default_compute
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.planner.load import Load
 from tunewise.planner.rehearsal import rehearse
@@ -56,8 +56,9 @@ ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2", "qwen3")
 DEPTHS = (8, 10, 12, 16)
 VOCABULARIES = (4096, 16384)
 
-_BF16, _FP32 = {"precision": {"compute": "bf16"}}, {"precision": {"compute": "fp32"}}
-_PURE = {"precision": {"compute": "bf16", "trainable": "same"}}
+HALF = default_compute(CPU)
+_BF16, _FP32 = {"precision": {"compute": HALF}}, {"precision": {"compute": "fp32"}}
+_PURE = {"precision": {"compute": HALF, "trainable": "same"}}
 _LORA, _NF4, _PACKED = {"lora": {"rank": 16}}, {"quantize": {"kind": "nf4"}}, {"packing": {"row_tokens": 1024}}
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "full fp32": _FP32,
@@ -239,6 +240,7 @@ def main() -> int:
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
+            "compute": HALF,
             "summary": summarize(rows),
             "rows": rows,
         }

@@ -2,10 +2,11 @@
 
     python benchmarks/streaming/run.py --json OUT
 
-A Llama of 16 blocks is written to a folder. Processes of their own then load it and train LoRA on it for three steps
-with tunewise's engine: resident or with `stream` from disk. Each samples the most memory of its own (`RssAnon`:
-pages of no file) that loading, building and training took together, and keeps the hash of the gradients of every
-step. Weights that are mapped from files are pages that the kernel may drop at any time; they do not count.
+A Llama of 1.1 GB is written to a folder. Processes of their own then load it and train LoRA on it for three steps with
+tunewise's engine: resident, without a limit, or with `stream` from disk, in a control group whose memory the kernel
+limits to a quarter of the model's (cgroup v1, as root; everything after the imports counts, pages of files too, and
+who needs more is killed). Each also samples the most memory of its own (`RssAnon`: pages of no file) that loading,
+building and training took together, and keeps the hash of the gradients of every step.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from tunewise.workload.batches import GlobalBatches
 from tunewise.workload.model import EMBEDDED_FOLDER
 
 CONFIG = LlamaConfig(
-    vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+    vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=8,
     num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
 )  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
@@ -41,6 +44,33 @@ MODES: dict[str, dict[str, Any]] = {
     "resident nf4": {"quantize": {"kind": "nf4"}},
     "streamed nf4": {"quantize": {"kind": "nf4"}, "stream": {}},
 }
+
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@contextmanager
+def limited(num_bytes: int) -> Iterator[dict[str, Any]]:
+    """Give this process `num_bytes` for everything that it needs from now on; afterwards, what it has used is told.
+
+    Where control groups cannot be made nothing is limited, and that is told instead.
+    """
+    told: dict[str, Any] = {"limit_bytes": num_bytes}
+    mine = Path("/proc/self/cgroup").read_text().split(":memory:")[-1].splitlines()[0].lstrip("/")
+    group, parent = CONTROL_GROUPS / f"tunewise-{os.getpid()}", CONTROL_GROUPS / mine
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(num_bytes))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError as error:
+        yield told | {"limit_bytes": None, "why": str(error)}
+        return
+    try:
+        yield told
+    finally:
+        told["most_bytes"] = int((group / "memory.max_usage_in_bytes").read_text())
+        (parent / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
 
 
 def child(mode: str, model: Path) -> dict[str, Any]:
@@ -79,8 +109,13 @@ def child(mode: str, model: Path) -> dict[str, Any]:
             update(run, optimizer, scaler)
             seconds.append(round(time.perf_counter() - started, 3))
 
+    is_limited = mode.startswith("streamed")
+    num_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors")) // 4
+    with limited(num_bytes) if is_limited else nullcontext({}) as told:
+        peak_bytes = anonymous_bytes(everything)
     return {
-        "peak_bytes": anonymous_bytes(everything),
+        "peak_bytes": peak_bytes,
+        **told,
         "losses": losses,
         "gradients": hashes,
         "seconds_per_step": seconds,
@@ -133,7 +168,11 @@ def main() -> None:
             subprocess.run(command, check=True)
             found[mode] = json.loads(out.read_text())
             times = found["model_bytes"] / found[mode]["peak_bytes"]
-            print(f"{mode}: peak {found[mode]['peak_bytes'] / 2**20:.1f} MiB, model / peak {times:.2f}", flush=True)
+            limit = found[mode].get("limit_bytes")
+            under = f", limited to {limit / 2**20:.0f} MiB" if limit else ""
+            print(
+                f"{mode}: peak {found[mode]['peak_bytes'] / 2**20:.1f} MiB, model / peak {times:.2f}{under}", flush=True
+            )
     for kind in ("", " nf4"):
         found[f"bit_equal{kind}"] = found[f"resident{kind}"]["gradients"] == found[f"streamed{kind}"]["gradients"]
     found["model_over_peak"] = found["model_bytes"] / found["streamed"]["peak_bytes"]

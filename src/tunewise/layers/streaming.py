@@ -8,12 +8,17 @@ A tensor that is away is a placeholder: one element spread over the tensor's sha
 that, so that nobody can compute with it unnoticed. Coming and going exchange `tensor.data`; whatever still holds the
 numbers (an operation that has not finished) keeps them alive, so going too early is not possible.
 
+On a CPU glibc's allocator is told to give every freed tensor back to the system. It would keep what is smaller than the
+largest piece that was ever freed, put small objects in between, and soon hold the whole model's size in holes.
+
 On CUDA the next block is fetched on a stream of its own while one computes (two blocks on the device instead of one;
 not measured yet).
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -32,6 +37,12 @@ from tunewise.errors import Conflict, StorageError
 from tunewise.layers.linear import has_values
 
 Source = Literal["disk", "host"]
+
+M_MMAP_THRESHOLD = -3
+"""glibc's name for it, see mallopt(3)."""
+
+MAPPED_BYTES = 2**20
+"""Tensors of this size or more have pages of their own, which go back to the system when they are freed."""
 
 
 @dataclass(eq=False)
@@ -168,6 +179,8 @@ class Streamer:
             if self._wanted_folder is not None:
                 self._wanted_folder.mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(prefix="tunewise-blocks-", dir=self._wanted_folder)
+            if self._device.type == "cpu":
+                _give_freed_memory_back()
         self._num_files += 1
         return Path(self._folder.name) / f"{self._num_files:06d}.safetensors"
 
@@ -262,6 +275,12 @@ def _is_inside(name: str, owners: Iterable[str]) -> bool:
 
 def _is_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _give_freed_memory_back() -> None:
+    """For the rest of the process; other systems and C libraries have no such option."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def _copy_from(waiting: Tensor, values: Tensor) -> None:
