@@ -19,7 +19,7 @@ def test_a_kill_loses_no_trial_and_changes_no_decision(tmp_path: Path) -> None:
     file = tmp_path / "study.json"
     command = [sys.executable, str(SCRIPT), "--kills", str(KILLS), "--budget", "12s", "--json", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = json.loads(file.read_text())["summary"]
     assert summary["kills"] == summary["resumed"] == KILLS

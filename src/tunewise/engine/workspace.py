@@ -6,6 +6,7 @@ with the tensors is exact, the scratchpads of oneDNN are an approximation.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -42,9 +43,10 @@ def _product_bytes(left: Tensor, right: Tensor) -> int:
     """oneDNN's scratchpad for a product in 16 bit: blocks of both factors, and one more of a transposed left factor.
 
     Its choice of blocks is its own and differs between processors. This rule was read off the allocator's record of
-    some shapes on one AVX-512 machine (bf16); there it is exact for some and some tens of KiB too much for others.
+    some shapes on one AVX-512 machine (bf16); there it is exact for some and some tens of KiB too much for others. A
+    processor that oneDNN has no such product for multiplies in place.
     """
-    if left.dtype.itemsize != 2:
+    if left.dtype.itemsize != 2 or (left.dtype == torch.bfloat16 and not _has_bf16_products()):
         return 0
     rows, depth = left.shape[-2:]
     if rows * depth * right.shape[-1] <= 16**3:  # torch multiplies small ones itself
@@ -53,6 +55,12 @@ def _product_bytes(left: Tensor, right: Tensor) -> int:
     packed_right = min(depth, _RIGHT_DEPTH) * 64 * 2
     transposed = min(rows * depth * 2, 2 * _LEFT_BYTES) if left.stride(-1) != 1 else 0
     return packed_left + packed_right + transposed + 1024
+
+
+@functools.cache
+def _has_bf16_products() -> bool:
+    """Whether oneDNN multiplies bf16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _update_8bit_bytes(parameter: Tensor) -> int:

@@ -19,7 +19,7 @@ from tunewise.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 
-HELP_SECONDS = 0.6
+HELP_SECONDS = 1.0
 HEAVY = ("torch", "transformers", "peft", "numpy", "datasets", "bitsandbytes")
 
 

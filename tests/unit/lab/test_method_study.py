@@ -47,12 +47,15 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "why_not", lambda: "there is none")
 
 
+BF16: dict[str, Any] = {"precision": {"compute": "bf16"}}  # the default where the processor has it
+
+
 def base_recipe(**methods: Any) -> Recipe:
     start = recipe_from_mapping(
         {
             "model": "embedded",
             "data": {"source": "stdlib", "max_length": 128},
-            "methods": {"lora": {"rank": 4}, "packing": {"row_tokens": 256}, **methods},
+            "methods": {"lora": {"rank": 4}, "packing": {"row_tokens": 256}, **BF16, **methods},
             "training": {"learning_rate": 1e-3},
         }
     )
