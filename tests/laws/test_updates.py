@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.laws.test_same_gradients import PROBLEMS, corpus, loss_and_gradients, make_run, reference
+from tests.laws.test_same_gradients import PROBLEMS, TOLERANCES, corpus, loss_and_gradients, make_run, reference
 from tunewise.engine.step import gradients, parameter_groups, set_learning_rate, update, update_in_backward
 from tunewise.methods import (
     ALL,
@@ -92,10 +92,11 @@ def test_other_precisions_stay_within_their_rounding(problem: str, precision: Pr
     assert loss == pytest.approx(expected_loss, rel=2e-2 if precision.compute == "bf16" else 2e-3)
     ours = torch.cat([found[name].flatten().double() for name in expected])
     theirs = torch.cat([gradient.flatten().double() for gradient in expected.values()])
-    assert float(torch.cosine_similarity(ours, theirs, dim=0)) > (0.995 if precision.compute == "bf16" else 0.9999)
+    is_coarse = precision.compute == "bf16" or problem in TOLERANCES  # whose own numbers have fewer bits than fp16's
+    assert float(torch.cosine_similarity(ours, theirs, dim=0)) > (0.995 if is_coarse else 0.9999)
 
 
 def test_the_number_of_cases_does_not_fall() -> None:
     every_optimizer = {method for method in ALL if method.slot == Slot.OPTIMIZER}
     assert {type(method) for method in OPTIMIZERS.values()} | {PagedAdamW8bit} == every_optimizer  # that needs CUDA
-    assert len(PROBLEMS) * len(OPTIMIZERS) == 168
+    assert len(PROBLEMS) * len(OPTIMIZERS) == 180

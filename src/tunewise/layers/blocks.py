@@ -14,8 +14,9 @@ from transformers.activations import ACT2FN
 
 from tunewise.layers.attention import DocumentLayout
 from tunewise.layers.fused import FusedRMSNorm, can_compute
-from tunewise.layers.linear import is_linear
+from tunewise.layers.linear import compute_dtype, is_linear
 from tunewise.layers.lora import LoRALinear
+from tunewise.layers.native import SUFFIXES
 from tunewise.layers.products import attend
 from tunewise.layers.siblings import gated_mlp, siblings
 from tunewise.layers.twins import Twin
@@ -79,7 +80,8 @@ class FusedAttention(Twin):
         kernels = self.documents.kernels
         is_plain = attention_mask is None and past_key_values is None and self.documents.is_for(rows, width)
         is_plain = is_plain and position_embeddings[0].shape[-1] == self.head_dim
-        if kernels is None or not is_plain or not can_compute(hidden_states):
+        is_known = can_compute(hidden_states) and compute_dtype(hidden_states) in SUFFIXES
+        if kernels is None or not is_plain or not is_known:
             computed: tuple[Tensor, Tensor | None] = self.original()(
                 hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )

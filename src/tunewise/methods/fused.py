@@ -18,7 +18,7 @@ from tunewise.methods.attention import Attention
 from tunewise.methods.method import Run
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
 
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """Largest difference between a replacement and its original, relative to the original's largest number."""
 
 _LENGTH = 12
@@ -109,7 +109,7 @@ def _verify(name: str, module: nn.Module, twin: Any, run: Run) -> None:
     Raises:
         Conflict: they differ: this architecture computes something that we do not know.
     """
-    dtype = torch.float32 if run.storage_dtype == torch.float32 else torch.bfloat16
+    dtype = run.storage_dtype
     autocast = torch.autocast(run.device.type, run.autocast_dtype, enabled=run.autocast_dtype is not None)
     size = _input_size(module)
     generator = torch.Generator().manual_seed(0)
