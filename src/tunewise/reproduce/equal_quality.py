@@ -100,4 +100,5 @@ REPRODUCTION = Reproduction(
     "library, and a Llama of 0.5 M parameters from scratch on its text",
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

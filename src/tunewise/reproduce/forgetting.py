@@ -16,7 +16,7 @@ from tunewise.methods.method import Run
 from tunewise.quality.forgetting import drift
 from tunewise.reproduce.bench import Bench
 from tunewise.reproduce.claim import Claim, Finding, Mark
-from tunewise.reproduce.learning import Learnt, differences, learn, mean
+from tunewise.reproduce.learning import FAST, Learnt, differences, learn, mean
 from tunewise.reproduce.reproduction import Evidence, Reproduction, Table
 
 TEXT = "tinyshakespeare/input.txt.gz"
@@ -158,7 +158,7 @@ def _mapping(name: str, seed: int, bench: Bench) -> dict[str, Any]:
         "data": data,
         "objective": "continue",
         "methods": {
-            "lora": {"rank": 16}, "packing": {"row_tokens": 384}, "precision": {"compute": "bf16"},
+            **FAST, "lora": {"rank": 16}, "packing": {"row_tokens": 384},
             **arm.get("methods", {}),
         },
         "batch": {"documents": 8},

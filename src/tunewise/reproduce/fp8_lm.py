@@ -90,4 +90,5 @@ REPRODUCTION = Reproduction(
     here="a Llama of 0.5 M parameters from scratch on the standard library's text; FP8 by arithmetic on the CPU",
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

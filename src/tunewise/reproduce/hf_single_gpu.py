@@ -36,4 +36,5 @@ REPRODUCTION = Reproduction(
     here="a random Llama-like decoder of 17 M parameters, 4 x 512 tokens, on the CPU: " + "; ".join(LADDER.differences),
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

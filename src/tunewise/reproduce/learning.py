@@ -23,6 +23,7 @@ from tunewise.engine.run_folder import RunFolder
 from tunewise.engine.train import Training
 from tunewise.errors import Interrupted, TrainingDiverged
 from tunewise.methods.method import Run
+from tunewise.methods.precision import default_compute
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.quality.losses import DocumentLosses, document_losses
 from tunewise.reproduce.bench import Bench
@@ -31,7 +32,7 @@ from tunewise.workload.corpus import Corpus
 from tunewise.workload.model import EMBEDDED_FOLDER
 from tunewise.workload.prepare import Prepared
 
-FAST: dict[str, Any] = {"precision": {"compute": "bf16"}, "packing": {"row_tokens": 512}}
+FAST: dict[str, Any] = {"precision": {"compute": default_compute(torch.device("cpu"))}, "packing": {"row_tokens": 512}}
 """Methods that make an arm fast on a CPU and change nothing that is compared between arms."""
 
 FUSED: dict[str, Any] = {"fused": {}}

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunewise.reproduce.bench import Bench
 from tunewise.reproduce.claim import Claim, Finding, Mark
-from tunewise.reproduce.learning import Arm, column, differences, mean, over_seeds
+from tunewise.reproduce.learning import FAST, Arm, column, differences, mean, over_seeds
 from tunewise.reproduce.reproduction import Evidence, Reproduction, Table
 from tunewise.reproduce.true_shapes import llama, trained_parameters
 
@@ -71,7 +71,7 @@ def _records(bench: Bench, name: str) -> Path:
 
 def _arm(way: str, rate: float, files: dict[str, Path], steps: int, bench: Bench) -> Arm:
     def recipe(seed: int) -> dict[str, Any]:
-        methods: dict[str, Any] = {"precision": {"compute": "bf16"}, "packing": {"row_tokens": 512}}
+        methods = dict(FAST)
         if way == "LoRA":
             methods["lora"] = {"rank": 4, "target_modules": ("q_proj", "v_proj")}
         few = {"max_records": 60} if bench.pick(tiny=True, short=False, full=False) else {}

@@ -90,4 +90,5 @@ REPRODUCTION = Reproduction(
     here="the formulas as `tunewise plan` advises by them, and bf16 products on the CPU",
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

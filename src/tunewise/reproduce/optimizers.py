@@ -94,4 +94,5 @@ REPRODUCTION = Reproduction(
     here="a Llama of 0.5 M parameters from scratch; updates of 1.6 M numbers in 24 tensors on the CPU",
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

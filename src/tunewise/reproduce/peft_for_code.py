@@ -11,7 +11,7 @@ from tunewise.engine.assemble import assemble
 from tunewise.quality.losses import document_losses
 from tunewise.reproduce.bench import Bench
 from tunewise.reproduce.claim import Claim, Finding, Mark
-from tunewise.reproduce.learning import Arm, column, differences, mean, over_seeds, plan_of
+from tunewise.reproduce.learning import FAST, Arm, column, differences, mean, over_seeds, plan_of
 from tunewise.reproduce.reproduction import Evidence, Reproduction, Table
 from tunewise.reproduce.true_shapes import gigabytes, llama
 
@@ -109,7 +109,7 @@ def _mapping(file: Path, methods: dict[str, Any], rate: float, steps: int, seed:
     return {
         "model": "embedded",
         "data": data | ({"max_records": 40} if bench.pick(tiny=True, short=False, full=False) else {}),
-        "methods": {"precision": {"compute": "bf16"}, "packing": {"row_tokens": 512}, **methods},
+        "methods": {**FAST, **methods},
         "batch": {"documents": 8, "micro_batch_size": 4},
         "training": {"steps": steps, "learning_rate": rate, "spike": None},
         "evaluation": {"every": steps, "max_documents": 60, "keep_best": False},

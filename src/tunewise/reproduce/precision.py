@@ -61,4 +61,5 @@ REPRODUCTION = Reproduction(
     here="the embedded model (4 M parameters), full fine-tuning, the same seeds in every precision, on the CPU",
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

@@ -77,4 +77,5 @@ REPRODUCTION = Reproduction(
     here="the embedded model (4 M parameters) on functions of the standard library; LLaMA-65B's shape by a dry run",
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

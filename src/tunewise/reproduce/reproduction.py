@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from tunewise.methods.precision import default_compute
 from tunewise.recipe import Value
 from tunewise.reproduce.bench import Bench, Size
 from tunewise.reproduce.claim import Claim, Finding, Judged, Verdict, judge
@@ -53,6 +56,8 @@ class Reproduction:
         claims: with the tolerances, which are fixed before anything is measured.
         measure: the experiment.
         data: folders under the shared data that the experiment cannot do without.
+        needs_bf16: whether it computes in bf16, for which a processor without such products takes hundreds of times as
+            long.
     """
 
     name: str
@@ -63,12 +68,15 @@ class Reproduction:
     claims: tuple[Claim, ...]
     measure: Callable[[Bench], Evidence]
     data: tuple[str, ...] = ()
+    needs_bf16: bool = False
 
     def run(self, bench: Bench) -> Evidence:
-        """Do the experiment; where data are missing, say so for every claim."""
+        """Do the experiment; where data or products in bf16 are missing, say so for every claim."""
         missing = [name for name in self.data if bench.shared_folder(name) is None]
-        if missing:
-            reason = f"needs {', '.join(missing)} (see --shared)"
+        reason = f"needs {', '.join(missing)} (see --shared)" if missing else ""
+        if self.needs_bf16 and bench.size != Size.TINY and default_compute(torch.device("cpu")) != "bf16":
+            reason = "this processor has no products in bf16"
+        if reason:
             return Evidence({claim.key: Finding.untested(reason) for claim in self.claims})
         evidence = self.measure(bench)
         unknown = evidence.findings.keys() ^ {claim.key for claim in self.claims}

@@ -36,4 +36,5 @@ REPRODUCTION = Reproduction(
     here="a random Llama of 17 M parameters on the CPU: " + "; ".join(LADDER.differences),
     claims=CLAIMS,
     measure=measure,
+    needs_bf16=True,
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from tunewise.methods.method import Run
 from tunewise.reproduce.bench import Bench
 from tunewise.reproduce.claim import Claim, Finding, Mark
-from tunewise.reproduce.learning import differences, learn, mean, plan_of
+from tunewise.reproduce.learning import FAST, differences, learn, mean, plan_of
 from tunewise.reproduce.reproduction import Evidence, Reproduction, Table
 from tunewise.workload.batches import Layout
 from tunewise.workload.corpus import Corpus
@@ -171,7 +171,7 @@ def _mapping(data: Path, epochs: int, rate: float, seed: int, schedule: str) -> 
     return {
         "model": "embedded",
         "data": {"source": str(data), "validation_fraction": 0.0},
-        "methods": {"packing": {"row_tokens": 512}, "precision": {"compute": "bf16"}, "fused": {}},
+        "methods": {**FAST, "fused": {}},
         "batch": {"documents": 16},
         "training": {"epochs": epochs, "learning_rate": rate, "schedule": schedule, "spike": None},
         "evaluation": {"every": 10**6, "keep_best": False, "max_documents": 1},

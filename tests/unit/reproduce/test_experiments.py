@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tunewise.reproduce import ALL, BY_NAME
+from tunewise.reproduce import ALL, BY_NAME, reproduction
 from tunewise.reproduce.bench import Bench, Size
 from tunewise.reproduce.claim import Judged, Mark, Verdict, judge
 
@@ -45,6 +45,16 @@ def test_without_its_data_an_experiment_says_what_it_needs(name: str, tmp_path: 
 def run_tiny_without_data(name: str, folder: Path) -> list[Judged]:
     evidence = BY_NAME[name].run(Bench(Size.TINY, folder / "work", folder))
     return [judge(claim, evidence.findings[claim.key]) for claim in BY_NAME[name].claims]
+
+
+@pytest.mark.parametrize("name", [each.name for each in ALL if each.needs_bf16])
+def test_a_processor_without_bf16_is_told_and_not_kept_waiting(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduction, "default_compute", lambda device: "fp32")
+    evidence = BY_NAME[name].run(Bench(Size.SHORT, tmp_path))
+    judged = [judge(claim, evidence.findings[claim.key]) for claim in BY_NAME[name].claims]
+    assert all(each.verdict == Verdict.NOT_TESTABLE and "bf16" in each.reason for each in judged)
 
 
 def test_there_are_at_least_the_twenty() -> None:
