@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tunewise.reproduce import ALL, BY_NAME, reproduction
+from tunewise.reproduce import ALL, BY_NAME
+from tunewise.reproduce import reproduction as reproduction_module
 from tunewise.reproduce.bench import Bench, Size
 from tunewise.reproduce.claim import Judged, Mark, Verdict, judge
 
@@ -51,7 +52,7 @@ def run_tiny_without_data(name: str, folder: Path) -> list[Judged]:
 def test_a_processor_without_bf16_is_told_and_not_kept_waiting(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reproduction, "default_compute", lambda device: "fp32")
+    monkeypatch.setattr(reproduction_module, "default_compute", lambda device: "fp32")
     evidence = BY_NAME[name].run(Bench(Size.SHORT, tmp_path))
     judged = [judge(claim, evidence.findings[claim.key]) for claim in BY_NAME[name].claims]
     assert all(each.verdict == Verdict.NOT_TESTABLE and "bf16" in each.reason for each in judged)
