@@ -21,6 +21,7 @@ from tunewise.engine.step import clipped_norm, gradients, parameter_groups, set_
 from tunewise.engine.tracking import Moment
 from tunewise.errors import Conflict, StorageError
 from tunewise.export.merge import merge_adapters
+from tunewise.layers.lora import lora_layers
 from tunewise.methods import Attention, Checkpointing, Freeze, LoRA, Peft, Precision, Quantize, Stream, complete
 from tunewise.methods.method import Run
 from tunewise.recipe import BatchSpec, Method, ModelSpec
@@ -44,6 +45,15 @@ def test_streaming_is_bit_equal(problem: str, policy: Literal["full", "selective
     assert loss == expected[0]
     assert found.keys() == expected[1].keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected[1].items())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8", "int4"])
+def test_what_is_away_is_held_by_nobody(kind: Literal["nf4", "int8", "fp8", "int4"]) -> None:
+    """A buffer that is a view would hold its base, with all numbers, for as long as the model lives."""
+    run = make_run((LoRA(rank=4), Quantize(kind=kind), Checkpointing(), Stream()), micro_batch_size=3)
+    packed = [layer.base_layer for layer in lora_layers(run.model).values()]
+    assert len(packed) == 21
+    assert all(buffer._base is None for layer in packed for buffer in layer.buffers())
 
 
 @pytest.mark.parametrize("problem", STREAMED)

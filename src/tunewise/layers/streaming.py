@@ -97,6 +97,10 @@ class Streamer:
         block = next((block for block in self._blocks if name == block or name.startswith(block + ".")), None)
         if block is None:
             return
+        for owner in module.modules():
+            for key, buffer in owner._buffers.items():
+                if buffer is not None and buffer._is_view():  # which would keep the numbers of its base
+                    owner._buffers[key] = buffer.detach()
         tensors = {
             f"{number}.{key}": (owner, key, is_buffer)
             for number, owner in enumerate(module.modules())

@@ -103,7 +103,9 @@ class Precision(Method):
             if not run.is_dry:
                 torch.set_float32_matmul_precision("high")
         if self.compute == "bf16" and run.device.type == "cpu" and default_compute(run.device) == "fp32":
-            run.say("precision: this processor has no products in bf16, so they take hundreds of times as long as fp32's")
+            run.say(
+                "precision: this processor has no products in bf16, so they take hundreds of times as long as fp32's"
+            )
         beside = _frozen_beside_trained(run.model)
         for parameter in run.model.parameters():
             is_trained = parameter.requires_grad or id(parameter) in beside
