@@ -6,8 +6,9 @@ Every row is a recipe for a random model of 8 to 24 blocks and documents of unev
 `tunewise plan --measure`'s (`planner.rehearsal`): the step timed on two models of fewer blocks, or on the whole model
 where it is small. Then the engine does global steps of training with the whole model, each of other documents, and the
 median of their tokens per second is what is compared: a machine that stands still for a second is nobody's recipe.
-Each row has a process of its own. The interval's width was set on the rows of seed 0 (`rehearsal.OFF_BY`), so those of
-another seed are what judges it. A processor that does not multiply bf16 computes rows called mixed and pure in fp32.
+Each row has a process of its own. The interval's width was set on the rows of seed 0 (`rehearsal.OFF_BY`), so it is
+judged a second time, each row by an interval that the other rows alone have set ("inside_when_left_out"). A processor
+that does not multiply bf16 computes rows called mixed and pure in fp32.
 
 With --seconds the call begins no row after so long (exit code 75), and the same command goes on: rows are kept in OUT.
 """
@@ -24,6 +25,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from tunewise.methods import complete
 from tunewise.methods.precision import Precision, default_compute
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.planner.load import Load
-from tunewise.planner.rehearsal import rehearse
+from tunewise.planner.rehearsal import OFF_BY, rehearse
 from tunewise.recipe import Recipe
 from tunewise.workload.corpus import Corpus
 from tunewise.workload.model import random_model
@@ -194,6 +196,16 @@ def in_a_process_of_its_own(case: Case, file: Path) -> None:
     os.waitpid(child, 0)
 
 
+def is_inside_when_left_out(rows: list[dict[str, Any]], number: int) -> bool:
+    """Whether a row lies in its interval when the range of the others' errors makes it instead of `OFF_BY`."""
+    others = [row["predicted"] / row["measured"] for place, row in enumerate(rows) if place != number]
+    if not others:
+        return False
+    row, (least, most) = rows[number], OFF_BY
+    low, high = row["low"] * most / max(others), row["high"] * least / min(others)
+    return bool(low <= row["measured"] <= high)
+
+
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures over all rows."""
     errors = [row["error"] for row in rows]
@@ -205,6 +217,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "worst_error": sizes[-1],
         "bias": statistics.mean(errors),
         "inside_interval": sum(row["low"] <= row["measured"] <= row["high"] for row in rows) / len(rows),
+        "inside_when_left_out": sum(map(partial(is_inside_when_left_out, rows), range(len(rows)))) / len(rows),
         "seconds_to_predict": statistics.median(row["seconds_to_predict"] for row in rows),
     }
 
