@@ -27,6 +27,8 @@ PARTINGS = {
     "methods/peft.py apply": 2,
     # tf32 is a switch of this process.
     "methods/precision.py apply": 1,
+    # A card can be asked for its generation only where there is one.
+    "methods/quantization.py _check_fp8": 1,
 }
 """Functions that ask `is_dry`, how often, and why. None is in the step: runs part while they are built, only there."""
 

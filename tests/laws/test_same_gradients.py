@@ -198,6 +198,6 @@ def test_checkpointing_is_bit_equal(problem: str) -> None:
 
 
 def test_the_number_of_cases_does_not_fall() -> None:
-    assert len(PROBLEMS) == 14
+    assert len(PROBLEMS) == 15
     assert len(COMBINATIONS) == 10 + 40
-    assert len(CASES) == 700
+    assert len(CASES) == 750
