@@ -11,7 +11,8 @@ Shape suffixes: O out_features, I in_features, N blocks.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -153,19 +154,15 @@ class FourBitLinear(QuantizedLinear):
         return (size // self.block_size, self.block_size) if size % self.block_size == 0 else (1, size)
 
 
-class Int8Linear(QuantizedLinear):
-    """Weights rounded to 8-bit integers times one fp32 scale a row: w = q * max|row| / 127, to nearest.
-
-    Only the weight is rounded, never the input (unlike LLM.int8), and no library is needed. The error of a
-    weight is at most max|row| / 254; unpacked to 16 bits, the rounding of the scale comes on top (relative
-    2^-9 in bf16).
+class RowScaledLinear(QuantizedLinear):
+    """Weights rounded to numbers of one byte times one fp32 scale a row; only the weight is rounded, never the input.
 
     Attributes:
-        packed: int8 (out, in).
+        packed: (out, in), in `packed_dtype`.
         scale: fp32 (out, 1).
     """
 
-    kind: QuantKind = "int8"
+    packed_dtype: ClassVar[torch.dtype]
     packed: Tensor
     scale: Tensor
 
@@ -173,51 +170,57 @@ class Int8Linear(QuantizedLinear):
         """Pack the weight of `layer`; of a layer without values (a dry run) only the storage is made."""
         super().__init__(layer)
         weight_OI = weight_of(layer).detach()
-        packed_OI = weight_OI.new_empty(weight_OI.shape, dtype=torch.int8)
+        packed_OI = weight_OI.new_empty(weight_OI.shape, dtype=self.packed_dtype)
         scale_O1 = weight_OI.new_empty((self.out_features, 1), dtype=torch.float32)
         if has_values(weight_OI):
-            weight_OI = weight_OI.float()
-            # A row of zeros keeps a scale of zero; the smallest normal number only keeps the division finite.
-            scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True) / 127.0
-            tiny = torch.finfo(torch.float32).tiny
-            packed_OI = (weight_OI / scale_O1.clamp_min(tiny)).round_().clamp_(-127, 127).to(torch.int8)
+            packed_OI, scale_O1 = self.rounded_weight(weight_OI)
         self.register_buffer("packed", packed_OI)
         self.register_buffer("scale", scale_O1)
 
+    @staticmethod
+    @abstractmethod
+    def rounded_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the packed weight and its scales, (out, in) and fp32 (out, 1)."""
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Unpack the weight into a fresh tensor of shape (out, in)."""
         return self.packed.to(dtype).mul_(self.scale.to(dtype))
 
 
-class Fp8Linear(QuantizedLinear):
-    """Weights rounded to E4M3 times one fp32 scale a row: w = e4m3 * max|row| / 448.
+class Int8Linear(RowScaledLinear):
+    """Weights rounded to 8-bit integers: w = q * max|row| / 127, to nearest.
 
-    Only the weight is rounded. One of at least max|row| / 28,672 is off by at most 1/16 of itself, a smaller one by at
-    most max|row| / 458,752.
+    Unlike LLM.int8 the input is not rounded, and no library is needed. The error of a weight is at most max|row| / 254;
+    unpacked to 16 bits, the rounding of the scale comes on top (relative 2^-9 in bf16).
+    """
 
-    Attributes:
-        packed: float8_e4m3fn (out, in).
-        scale: fp32 (out, 1).
+    kind: QuantKind = "int8"
+    packed_dtype = torch.int8
+
+    @staticmethod
+    def rounded_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the packed weight and its scales, (out, in) and fp32 (out, 1)."""
+        weight_OI = weight_OI.float()
+        # A row of zeros keeps a scale of zero; the smallest normal number only keeps the division finite.
+        scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True) / 127.0
+        tiny = torch.finfo(torch.float32).tiny
+        return (weight_OI / scale_O1.clamp_min(tiny)).round_().clamp_(-127, 127).to(torch.int8), scale_O1
+
+
+class Fp8Linear(RowScaledLinear):
+    """Weights rounded to E4M3: w = e4m3 * max|row| / 448.
+
+    One of at least max|row| / 28,672 is off by at most 1/16 of itself, a smaller one by at most max|row| / 458,752.
     """
 
     kind: QuantKind = "fp8"
-    packed: Tensor
-    scale: Tensor
+    packed_dtype = fp8.DTYPE
 
-    def __init__(self, layer: nn.Module) -> None:
-        """Pack the weight of `layer`; of a layer without values (a dry run) only the storage is made."""
-        super().__init__(layer)
-        weight_OI = weight_of(layer).detach()
-        packed_OI = weight_OI.new_empty(weight_OI.shape, dtype=fp8.DTYPE)
-        scale_O = weight_OI.new_empty(self.out_features, dtype=torch.float32)
-        if has_values(weight_OI):
-            packed_OI, scale_O = fp8.quantize_rows(weight_OI.contiguous())
-        self.register_buffer("packed", packed_OI)
-        self.register_buffer("scale", scale_O[:, None])
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Unpack the weight into a fresh tensor of shape (out, in)."""
-        return self.packed.to(dtype).mul_(self.scale.to(dtype))
+    @staticmethod
+    def rounded_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the packed weight and its scales, (out, in) and fp32 (out, 1)."""
+        packed_OI, scale_O = fp8.quantize_rows(weight_OI.contiguous())
+        return packed_OI, scale_O[:, None]
 
 
 def quantize_linear(
