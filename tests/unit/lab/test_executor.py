@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def test_every_trial_has_a_process_of_its_own_that_starts_in_under_a_second(exec
         started = time.perf_counter()
         outcomes.append(run(executor, tmp_path / str(number), "process"))
         seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1  # the least disturbed of the five
+    assert statistics.median(seconds) < 1
     assert len({outcome.steps for outcome in outcomes}) == 5
     assert len({outcome.tokens for outcome in outcomes}) == 1  # one server
 
