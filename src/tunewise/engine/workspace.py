@@ -34,6 +34,8 @@ def cpu_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
     if packet is aten.logsumexp:
         width = max(int(args[0].shape[-1]), 1)
         return _bytes(args[0]) + _bytes(args[0]) // width  # exp(x - max) and max
+    if packet is aten._safe_softmax:  # of masked attention without a kernel of its own
+        return int(args[0].numel()) + int(args[0].numel()) // max(int(args[0].shape[-1]), 1)  # which scores are -inf
     if torch.Tag.pointwise in func.tags:
         return _promotion_bytes(args, kwargs)
     return 0

@@ -78,12 +78,14 @@ class BatchStudy:
         """Find the batch size.
 
         The study never spends more than its budget knowingly: where it does not suffice for all candidates, the ones
-        farthest from the user's batch are left out, and the verdict says so.
+        farthest from the user's batch are left out, and the verdict says so; where it pays for no comparison of
+        batches, the user's own is kept and its rate tuned as far as the budget goes.
         """
         question = self.question
         own = _power_of_two(question.batch_tokens)
         lengths = self._lengths([own // 2, own, own * 2]) or self._lengths([own // 2, own]) or self._lengths([own])
-        self._measure_noise(own, lengths[0] if lengths else FEWEST_STEPS * own)
+        length = lengths[0] if lengths else FEWEST_STEPS * own
+        self._measure_noise(own, length)
         candidates, lengths = self._affordable(self._candidates(), lengths[0] if lengths else None)
         if lengths is not None:
             self._first_round(candidates, lengths[0])
@@ -92,6 +94,9 @@ class BatchStudy:
             candidates = self._extended(candidates, lengths)
             finalists = self._finalists(candidates, lengths)
             self._last_round(finalists, lengths[2])
+        elif self._budget_left() >= self.arms.seconds(own, length):
+            # Batches cannot be compared by so few steps (short arms favour small ones), but rates of one batch can.
+            self._tune_rate(own, length)
         return judge(self.results, self.curve(), question.run_tokens, question.run_seconds)
 
     def curve(self) -> LearningCurve | None:

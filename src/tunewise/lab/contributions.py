@@ -7,7 +7,7 @@ import statistics
 
 from tunewise.lab.effects import cumulative
 from tunewise.lab.findings import Cumulative, MethodFindings, MethodTrial, SingleEffect
-from tunewise.lab.method_study import MethodStudy
+from tunewise.lab.method_study import NARROW, MethodStudy
 from tunewise.lab.outcome import Failed, Interval, Measurement, OutOfMemory, speed_of
 from tunewise.lab.tried import Tried
 from tunewise.units import format_bytes, format_seconds
@@ -19,7 +19,7 @@ def method_findings(study: MethodStudy) -> MethodFindings:
     time, memory = _cumulative(study, "time"), _cumulative(study, "memory")
     return MethodFindings(
         factors=space.factors,
-        trials=tuple(_trial(study, tried) for tried in study.tried.values()),
+        trials=(*(_trial(study, tried) for tried in study.tried.values()), *_beyond(study)),
         ladder=tuple(space.label(on) for on in study.ladder),
         single=tuple(_single(study, name) for name in space.names),
         time_effects=study.model_time.effects if study.model_time else (),
@@ -60,6 +60,15 @@ def _trial(study: MethodStudy, tried: Tried) -> MethodTrial:
         tolerance=gate.gradient_tolerance if gate else None,
         outcome=_outcome(tried),
     )
+
+
+def _beyond(study: MethodStudy) -> list[MethodTrial]:
+    """The winner with products in 8 bits, as one more trial."""
+    if study.beyond is None:
+        return []
+    trial = _trial(study, study.beyond)
+    plain = {"predicted_step_seconds": None, "predicted_peak_bytes": None}  # those are the winner's
+    return [trial.model_copy(update={"label": f"{trial.label} + {NARROW}", **plain})]
 
 
 def _outcome(tried: Tried) -> str:
@@ -183,7 +192,20 @@ def _sentences(study: MethodStudy, time: Cumulative | None, memory: Cumulative |
     ]
     if spared:
         said.append(f"It fits without {' and '.join(spared)}, so it does without.")
-    return said
+    return [*said, *_of_narrow_products(study, winner)]
+
+
+def _of_narrow_products(study: MethodStudy, winner: Tried) -> list[str]:
+    beyond, narrow = study.beyond, study.space.narrow
+    if beyond is None or narrow is None or not beyond.measured:
+        return []
+    one, other = (_loss_of(tried) for tried in (beyond, winner))
+    learnt = "" if one is None or other is None else f"; the validation loss changes by {one - other:+.4f} nats"
+    return [
+        f"With {NARROW} besides (quantize: {{kind: {narrow.kind}, compute: {narrow.compute}}}) a step takes "
+        f"{beyond.seconds / winner.seconds:.2f} times as long, with {beyond.peak_bytes / winner.peak_bytes:.2f} times "
+        f"the memory{learnt}. It learns over a coarser base, so it is yours to add."
+    ]
 
 
 def _loss_of(tried: Tried | None) -> float | None:

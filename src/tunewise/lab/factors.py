@@ -46,6 +46,7 @@ from tunewise.planner.space import (
     Axis,
     Choice,
     Option,
+    narrow_products,
 )
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
 
@@ -80,6 +81,8 @@ class FactorSpace:
         fixed: options of the axes that nobody switches.
         predictor: of the same recipe.
         held: names of switches that stay on.
+        narrow: what would make the products in 8 bits on this machine; None where nothing does, or the recipe says
+            how its base is stored. It is no switch: it learns over a coarser base.
     """
 
     base: Recipe
@@ -88,6 +91,7 @@ class FactorSpace:
     fixed: tuple[tuple[Axis, Option], ...]
     predictor: Predictor
     held: On = frozenset()
+    narrow: Quantize | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -199,7 +203,9 @@ def factor_space(base: Recipe, config: PretrainedConfig, machine: Machine, predi
     ]
     axes = {switch.axis for switch in switches}
     fixed = [(axis, option) for axis, option in _present(base).items() if axis not in axes]
-    space = FactorSpace(base, config, tuple(switches), tuple(fixed), predictor)
+    has_adapter = base.get(LoRA) is not None and base.get(Quantize) is None
+    narrow = narrow_products(machine, base) if has_adapter else None
+    space = FactorSpace(base, config, tuple(switches), tuple(fixed), predictor, narrow=narrow)
     refused = [name for name in space.names if space.refusal(frozenset({name, _required(space, name)} - {""}))]
     return space.without(refused)
 

@@ -8,6 +8,7 @@
     candidates   what the measured effects promise to be fastest, in turns
     ladder       methods of the winner added one after another
     left out     the winner without each of its methods
+    beyond       the winner with products in 8 bits, where the machine has them: shown, not chosen
 
 Every trial learns from the same documents in the same order, so a loss stands beside each speed at equal tokens. Equal
 recipes are equal trials and are measured once, whatever they are needed for.
@@ -28,10 +29,15 @@ from tunewise.lab.laboratory import Laboratory
 from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
 from tunewise.lab.trial import Trial
 from tunewise.lab.tried import Tried, nats_lost, why_out
+from tunewise.methods import LoRA, Quantize
+from tunewise.methods.compatibility import conflicts
 from tunewise.planner.predict import Prediction
+from tunewise.recipe import Recipe
 
 CLEARLY_FASTER = 0.10
 """A method that exists to save memory must save this part of the time to be chosen where memory suffices."""
+
+NARROW = "products in 8 bits"
 
 NEEDED = ("baseline", "candidate")
 """Roles of trials without which there is no answer; all others end with the budget."""
@@ -84,6 +90,7 @@ class MethodStudy:
     _baseline_bytes: float | None = None
     winner: On = frozenset()
     runner_up: On | None = None
+    beyond: Tried | None = None
 
     def run(self) -> None:
         """Find the winner and what each method contributes, as far as the budget goes.
@@ -99,6 +106,7 @@ class MethodStudy:
         self._choose()
         self._ladder()
         self._left_out()
+        self._beyond()
 
     def _hold_what_must_be_on(self) -> None:
         """Without some methods nothing fits: they stay on, the most harmless first."""
@@ -310,6 +318,18 @@ class MethodStudy:
             if name in self.winner and self.space.refusal(rest) is None:
                 self._try(rest, "left out")
 
+    def _beyond(self) -> None:
+        """Measure what products in 8 bits would win: they learn over a coarser base, so the user decides."""
+        narrow, winner = self.space.narrow, self.space.recipe(self.winner)
+        is_possible = winner.get(LoRA) is not None and winner.get(Quantize) is None
+        if narrow is None or not is_possible or "nf4" in self.unwanted:  # what `--without quantize` says here
+            return
+        recipe = winner.replace(methods=(*(winner.methods or ()), narrow))
+        if conflicts(recipe) or self._budget_left() < self._cost(1):
+            return
+        outcome = self._measure(recipe, f"beyond: {self.space.label(self.winner)} + {NARROW}", self.winner, 0)
+        self.beyond = Tried(self.winner, "beyond", (outcome,))
+
     def _try(self, on: On, role: str, repeat: int = 0) -> Tried | None:
         """Measure a combination, or find it where it was measured; None where the planner says that it cannot fit."""
         known = self.tried.get(on)
@@ -322,29 +342,31 @@ class MethodStudy:
             self.excluded.append((self.space.label(on), "predicted not to fit into memory"))
             return None
         recipe = self.space.recipe(on)
+        outcome = self._measure(recipe, f"{role}: {self.space.label(on)}", on, repeat)
+        outcomes = (outcome,) if known is None else (*known.outcomes, outcome)
+        found = Tried(on, known.role if known else role, outcomes, self._gate(on, recipe, outcome))
+        self.tried[on] = found
+        return found
+
+    def _measure(self, recipe: Recipe, role: str, on: On, repeat: int) -> Measurement | OutOfMemory | Failed:
         evaluation = recipe.evaluation.model_copy(
             update={"max_documents": min(EVALUATED, recipe.evaluation.max_documents)}
         )
-        recipe = recipe.replace(evaluation=evaluation)
         trial = Trial.of(
             "measure",
-            recipe,
+            recipe.replace(evaluation=evaluation),
             warm_up=self.warm_up,
             steps=self.steps,
             repeat=repeat,
             measures_forgetting=self.max_forgetting is not None and repeat == 0,
         )
-        outcome = self.laboratory.run(
+        return self.laboratory.run(
             "methods",
             trial,
             params={name: name in on for name in self.space.names},
-            role=f"{role}: {self.space.label(on)}",
+            role=role,
             expected_seconds=self._cost(1),
         )
-        outcomes = (outcome,) if known is None else (*known.outcomes, outcome)
-        found = Tried(on, known.role if known else role, outcomes, self._gate(on, recipe, outcome))
-        self.tried[on] = found
-        return found
 
     def _say_once(self, what: str, reason: str) -> None:
         if (what, reason) not in self.excluded:

@@ -2,7 +2,8 @@
 
 On a CPU with fast 16-bit products this beats the flash kernel by far: scores are one batched product, their softmax
 one pass over the causal half, and the documents' square is small. Nothing of that size is kept: the backward pass makes
-the scores again, and long documents go through in blocks of queries, so the scores in memory stay bounded.
+the scores again, and long documents go through in blocks of queries, so the scores in memory stay bounded. Documents of
+up to 2,048 positions go to one kernel instead where the processor has it (`short_documents`).
 
     P = softmax(scale Q K^T)    O = P V
     dV = P^T dO    dS = scale P (dO V^T - sum(P dO V^T))    dQ = dS K    dK = dS^T Q
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from tunewise.layers.attention import Plan
 from tunewise.layers.fused import define
 from tunewise.layers.native import call
+from tunewise.layers.short_documents import ShortDocuments
 
 SCORES = 1 << 22
 """At most so many scores are in memory at once (a row of queries at least `FEWEST_QUERIES` high)."""
@@ -106,10 +108,10 @@ class Block(NamedTuple):
     rows: slice
 
 
-def blocks_of(plan: Plan, heads: int) -> Iterator[Block]:
-    """Yield the blocks in which the documents of a plan are computed."""
+def blocks_of(plan: Plan, heads: int, short: ShortDocuments | None) -> Iterator[Block]:
+    """Yield the blocks in which the documents of a plan are computed, all but the short ones."""
     first_slot = first_row = 0
-    for count, length in plan.buckets:
+    for count, length in plan.buckets[: len(plan.buckets) - (len(short.counts) if short else 0)]:
         at_once = max(1, min(count, SCORES // (heads * length * length)))
         queries = length
         if heads * length * length > SCORES:
@@ -164,7 +166,8 @@ class DocumentAttention(torch.autograd.Function):
         query = gather(query_TX, cos_TD, sin_TD, *places, heads.queries, heads.size)
         key = gather(key_TX, cos_TD, sin_TD, *places, heads.keys, heads.size)
         value = gather(value_TX, None, None, *places, heads.keys, heads.size)
-        blocks = list(blocks_of(plan, heads.queries))
+        short = ShortDocuments.of(plan, heads.size, query.dtype)
+        blocks = list(blocks_of(plan, heads.queries, short))
         log_sum = query.new_empty(len(plan.start) * heads.queries, dtype=torch.float32)
         output = torch.empty_like(query)
         room = query.new_empty(_room(blocks, heads))
@@ -173,8 +176,10 @@ class DocumentAttention(torch.autograd.Function):
             scores = _scores(room, q, k)
             softmax_(scores, log_sum[block.rows], block.end - block.first, block.first, window, scale)
             _put(output, block, heads, torch.bmm(scores, v))
+        if short is not None:
+            short.forward_(output, log_sum, (query, key, value), heads, window, scale)
         ctx.save_for_backward(query, key, value, log_sum, cos_TD, sin_TD)
-        ctx.plan, ctx.heads, ctx.scale, ctx.window = plan, heads, scale, window
+        ctx.plan, ctx.heads, ctx.scale, ctx.window, ctx.short = plan, heads, scale, window, short
         rows: Tensor = scatter(
             output, None, None, plan.scatter_index, plan.start, plan.length, heads.queries, heads.size
         )
@@ -191,7 +196,10 @@ class DocumentAttention(torch.autograd.Function):
         grad_TX = grad_TX if grad_TX.stride(-1) == 1 else grad_TX.contiguous()
         grad = gather(grad_TX, None, None, plan.token, *places, heads.queries, heads.size)
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        blocks = list(blocks_of(plan, heads.queries))
+        blocks = list(blocks_of(plan, heads.queries, ctx.short))
+        if ctx.short is not None:
+            grads, parts = (grad_query, grad_key, grad_value), (query, key, value)
+            ctx.short.backward_(grads, grad, log_sum, parts, heads, ctx.window, ctx.scale)
         room, second = query.new_empty(_room(blocks, heads)), query.new_empty(_room(blocks, heads))
         sums: tuple[Tensor, Tensor] | None = None
         for block in blocks:

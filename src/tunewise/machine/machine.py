@@ -98,6 +98,11 @@ class Machine(Value):
     source: str
     readings: tuple[Reading, ...] = ()
 
+    @property
+    def is_amd(self) -> bool:
+        """Whether it is one of AMD's accelerators, whose FP8 numbers have another bias than NVIDIA's."""
+        return self.kind == "cuda" and self.name.startswith(("MI", "AMD"))
+
     def flops(self, dtype: Dtype) -> float:
         """Return the peak FLOP/s of matrix products in `dtype`.
 

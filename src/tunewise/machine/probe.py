@@ -115,7 +115,7 @@ def _dtypes(kind: Kind) -> tuple[Dtype, ...]:
     if kind == "mps":
         return ("fp32", "bf16", "fp16")
     if kind == "cpu":
-        return ("fp32", "bf16")
+        return ("fp32", "bf16", "int8") if torch.cpu._is_vnni_supported() else ("fp32", "bf16")
     if torch.version.hip is not None:
         return ("fp32", "bf16", "fp16")
     capability = torch.cuda.get_device_capability()

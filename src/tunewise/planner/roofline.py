@@ -41,7 +41,7 @@ _DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float8_e4m3fn: "fp8",
-    torch.int8: "bf16",  # products in 8 bits are faster, by how much depends on the processor: nothing is promised
+    torch.int8: "int8",
 }
 _ATTENTION_WORDS = ("scaled_dot_product", "varlen", "flash")
 
@@ -138,4 +138,6 @@ def _dtype(dtype: torch.dtype | None, machine: Machine, tf32: bool) -> Dtype:
     name = _DTYPES.get(dtype, "fp32") if dtype is not None else "fp32"
     if name == "fp32" and tf32 and "tf32" in machine.flops_per_second:
         return "tf32"
+    if name == "int8" and name not in machine.flops_per_second:  # how much faster it is nobody measured
+        name = "bf16"
     return name if name in machine.flops_per_second else "fp32"

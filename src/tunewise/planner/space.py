@@ -202,7 +202,7 @@ def axes(config: PretrainedConfig, machine: Machine, base: Recipe, wishes: Wishe
     kind = default_attention_kind(AutoModelForCausalLM._model_mapping[type(config)], config)
     kinds: tuple[AttentionKind, ...] = (kind, "sdpa") if kind == "per_document" else (kind,)
     found: dict[Axis, list[Option]] = {
-        "tuning": [FULL] if base.objective == "pretrain" else [FULL, LORA, LORA_NF4, LORA_INT8],
+        "tuning": _tunings(machine, base),
         "precision": [*half, *pure, FP32],
         "checkpointing": [KEPT, SELECTIVE, EVERY_2ND, ALL_BLOCKS],
         "optimizer": _optimizers(),
@@ -218,6 +218,35 @@ def axes(config: PretrainedConfig, machine: Machine, base: Recipe, wishes: Wishe
         if name not in known:
             _join(found, BY_NAME[name]())
     return {axis: tuple(options) for axis, options in found.items()}
+
+
+def narrow_products(machine: Machine, base: Recipe) -> Quantize | None:
+    """Return the frozen weights in 8 bits whose products this machine makes faster than those in 16, if any.
+
+    int8 on a CPU, with the compiled kernels of `base`, where that rate was measured; FP8 on a CUDA device of NVIDIA's.
+    """
+    kind: Literal["int8", "fp8"] = "int8" if machine.kind == "cpu" else "fp8"
+    can_have = base.get(Fused) is not None if machine.kind == "cpu" else machine.kind == "cuda" and not machine.is_amd
+    if not can_have or kind not in machine.flops_per_second:
+        return None
+    wider = max(machine.achievable_flops(dtype) for dtype in machine.flops_per_second if dtype not in ("int8", "fp8"))
+    return Quantize(kind=kind, compute=kind) if machine.achievable_flops(kind) > wider else None
+
+
+def _tunings(machine: Machine, base: Recipe) -> list[Option]:
+    if base.objective == "pretrain":
+        return [FULL]
+    options = [FULL, LORA, LORA_NF4, LORA_INT8]
+    quantize = narrow_products(machine, base)
+    if quantize is not None:  # not instead of LoRA to save memory: it is there to be faster
+        label = "LoRA, products in int8" if quantize.compute == "int8" else "LoRA, products in FP8"
+        methods = (LoRA(), quantize)
+        options.append(Option(label, methods, fidelity=Fidelity.LEARNING, is_approximation=True))
+    return options
+
+
+def _is_int8_product(method: Method) -> bool:
+    return isinstance(method, Quantize) and method.compute == "int8"
 
 
 def _half_precision(machine: Machine) -> list[Option]:
@@ -320,6 +349,8 @@ def _pointless(choice: Choice, wishes: Wishes, options: dict[Axis, tuple[Option,
         return f"{options['attention'][0].label} runs the same kernels without a mask over the row"
     if PLAIN_KERNELS in dict(choice.options).values() and _can_be_fused(choice, wishes):
         return "fused kernels compute the same in fewer passes over memory"
+    if PLAIN_KERNELS in dict(choice.options).values() and any(_is_int8_product(method) for method in choice.methods):
+        return "products in int8 are faster with the compiled kernels only"
     if choice["tuning"].names & {"lora", "peft"}:
         if choice.updates_in_backward:
             return "an adapter's gradients are too small for updates inside backward to save anything"

@@ -66,12 +66,13 @@ def study(
     batch: int = 2048,
     run_tokens: int = 2_000_000,
     breaks_at: tuple[int, ...] = (),
+    rate: float = 0.7,
 ) -> tuple[BatchStudy, Verdict]:
     arms = SyntheticArms(lab, breaks_at=breaks_at)
     run_seconds = arms.seconds(batch, run_tokens)
     question = BatchQuestion(
         batch_tokens=batch,
-        learning_rate=0.7 * lab.best_learning_rate(batch),
+        learning_rate=rate * lab.best_learning_rate(batch),
         beta2=0.99,
         run_tokens=run_tokens,
         document_tokens=100.0,
@@ -180,6 +181,18 @@ def test_a_budget_for_nothing_keeps_the_users_batch() -> None:
     assert verdict.chosen is not None
     assert verdict.chosen.batch_tokens == 2048
     assert len(done.results) == 1
+
+
+def test_a_budget_for_no_comparison_of_batches_still_tunes_the_rate() -> None:
+    """Of a rate that is a quarter of the best one, one or two doublings are found and nothing else is touched."""
+    lab = SyntheticLab(seed_noise=0.0)
+    one_arm = SyntheticArms(lab).seconds(2048, 8 * 2048)
+    run = SyntheticArms(lab).seconds(2048, 2_000_000)
+    done, verdict = study(lab, budget_runs=3.5 * one_arm / run, rate=0.25)
+    assert verdict.chosen is not None
+    assert {result.spec.batch_tokens for result in done.results} == {2048}
+    assert verdict.chosen.learning_rate >= 0.49 * lab.best_learning_rate(2048)
+    assert done.arms.spent_seconds <= done.question.budget_seconds
 
 
 def test_the_same_arms_give_the_same_answer() -> None:

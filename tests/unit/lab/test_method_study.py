@@ -18,7 +18,7 @@ from tunewise.lab.outcome import Failed, Gate, Interval, Measurement, OutOfMemor
 from tunewise.lab.trial import Trial
 from tunewise.layers import native
 from tunewise.machine.machine import Machine
-from tunewise.methods import Fused, complete
+from tunewise.methods import Fused, Quantize, complete
 from tunewise.methods.reading import recipe_from_mapping
 from tunewise.planner.predict import Predictor
 from tunewise.quality.measured import Measured
@@ -73,12 +73,14 @@ class Formula:
     broken: dict[str, Any] = field(default_factory=dict)
     forgotten: dict[str, float] = field(default_factory=dict)
     asked: list[On] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
     measured_forgetting: list[bool] = field(default_factory=list)
     spent: dict[str, Spent] = field(default_factory=dict)
 
     def run(self, study: str, trial: Trial, *, params: dict[str, bool], role: str, expected_seconds: float) -> Any:
         on = frozenset(name for name, is_on in params.items() if is_on)
         self.asked.append(on)
+        self.roles.append(role)
         self.measured_forgetting.append(trial.measures_forgetting)
         account = self.spent.setdefault(study, Spent())
         account.num_trials += 1
@@ -87,6 +89,9 @@ class Formula:
             if name in on and not isinstance(outcome, float):
                 return outcome
         seconds = math.prod((self.effects[name][0] for name in on), start=1.0)
+        if role.startswith("beyond"):
+            assert (trial.read_recipe().get(Quantize) or Quantize()).compute == "int8"
+            seconds *= 0.8
         seconds *= math.prod(factor for both, factor in self.synergy.items() if both <= on)
         peak = 1e9 * math.prod((self.effects[name][1] for name in on), start=1.0)
         wrong = max((error for name, error in self.broken.items() if name in on), default=0.0)
@@ -103,7 +108,7 @@ class Formula:
         )
 
 
-def space_of(recipe: Recipe) -> FactorSpace:
+def space_of(recipe: Recipe, machine: Machine = MACHINE) -> FactorSpace:
     rows = SimpleNamespace(rows_per_step=8, documents_per_row=3)
 
     def refuse(*_: object) -> None:
@@ -111,11 +116,18 @@ def space_of(recipe: Recipe) -> FactorSpace:
 
     load = SimpleNamespace(laid_out=lambda packing, size: rows)
     predictor = SimpleNamespace(rows=lambda choice, size: rows, predict=refuse, load=load)
-    return factor_space(recipe, CONFIG, MACHINE, cast(Predictor, predictor))
+    return factor_space(recipe, CONFIG, machine, cast(Predictor, predictor))
 
 
-def study(recipe: Recipe | None = None, *, budget: float = 1000.0, limit: float = 1e12, **changes: Any) -> MethodStudy:
-    space = space_of(recipe or base_recipe())
+def study(
+    recipe: Recipe | None = None,
+    *,
+    budget: float = 1000.0,
+    limit: float = 1e12,
+    machine: Machine = MACHINE,
+    **changes: Any,
+) -> MethodStudy:
+    space = space_of(recipe or base_recipe(), machine)
     wishes = {name: changes.pop(name) for name in ("wanted", "unwanted", "max_forgetting") if name in changes}
     laboratory = Formula(space, **changes)
     return MethodStudy(cast(Laboratory, laboratory), space, int(limit), budget, 0.5, **wishes)
@@ -319,6 +331,42 @@ def test_the_report_has_every_trial() -> None:
     assert findings.chosen in {trial.label for trial in findings.trials}
     assert findings.front
     assert findings.sentences
+
+
+NARROW_MACHINE = MACHINE.replace(flops_per_second={**MACHINE.flops_per_second, "int8": 6e11})
+
+
+def test_products_in_8_bits_are_shown_and_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    done = run(machine=NARROW_MACHINE, effects={**EFFECT, "fused": (0.7, 1.0)})
+    findings = method_findings(done)
+    last = findings.trials[-1]
+    assert (last.role, last.label) == ("beyond", f"{findings.chosen} + products in 8 bits")
+    assert done.space.recipe(done.winner).get(Quantize) is None
+    assert "a step takes 0.80 times as long" in findings.sentences[-1]
+    assert "quantize: {kind: int8, compute: int8}" in findings.sentences[-1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"machine": MACHINE},
+        {"methods": {"quantize": {"kind": "int8", "compute": "int8"}}},
+        {"unwanted": frozenset({"nf4"})},
+        {"budget": 12.0},
+    ],
+    ids=["no such products", "the recipe has them", "not wanted", "no budget left"],
+)
+def test_products_in_8_bits_are_not_tried_where_that_says_nothing(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    changes = dict(changes)
+    effects = {**EFFECT, "fused": (0.7, 1.0), "8-bit products": (0.8, 0.9)}
+    recipe = base_recipe(**changes.pop("methods", {}))
+    done = run(**{"recipe": recipe, "machine": NARROW_MACHINE, "effects": effects, **changes})
+    assert done.beyond is None
+    assert not any(role.startswith("beyond") for role in cast(Formula, done.laboratory).roles)
 
 
 def test_what_wins_time_by_forgetting_does_not_win() -> None:

@@ -64,6 +64,11 @@ def test_achievable_rate_is_measured_or_typical() -> None:
     assert find("RTX 4090").achievable_flops("bf16") == pytest.approx(0.8 * 165.2e12)
 
 
+def test_amds_accelerators_are_known_as_such() -> None:
+    assert find("MI300X").is_amd
+    assert not any(find(name).is_amd for name in ("H100", "T4", "M4 Max"))
+
+
 def test_cost() -> None:
     assert find("H100").replace(price_per_hour=3.0).cost(1800) == pytest.approx(1.5)
     assert math.isnan(find("H100").cost(1800))

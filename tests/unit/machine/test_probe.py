@@ -19,10 +19,11 @@ def test_everything_is_measured(here: Machine) -> None:
     assert here.kind == "cpu"
     assert here.price_per_hour == 0.5
     assert here.num_multiprocessors == torch.get_num_threads()
-    assert set(here.flops_per_second) == {"fp32", "bf16"}
+    dtypes = {"fp32", "bf16"} | ({"int8"} if torch.cpu._is_vnni_supported() else set())
+    assert set(here.flops_per_second) == dtypes
     matmuls = [each for each in here.readings if each.what == "matmul"]
     assert {(each.dtype, each.shape) for each in matmuls} == {
-        (dtype, shape) for dtype in ("fp32", "bf16") for shape in probe.CPU_SHAPES
+        (dtype, shape) for dtype in dtypes for shape in probe.CPU_SHAPES
     }
     assert {each.what for each in here.readings} == {"matmul", "copy", "triad", "launch"}
     assert all(each.low <= each.median <= each.high and each.num_samples >= 5 for each in here.readings)

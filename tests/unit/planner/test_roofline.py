@@ -54,6 +54,15 @@ def test_fp32_runs_at_its_own_rate_unless_tf32_is_asked_for() -> None:
     assert seconds_of(work, A100, tf32=True).linear == pytest.approx(1e12 / (156e12 * 0.8))
 
 
+def test_products_in_int8_run_at_the_rate_that_was_measured_or_else_at_bf16s() -> None:
+    work = {WorkKey(Moment.FORWARD, "tunewise.int8_matmul", torch.int8): Work(1, 1e12, 1e6)}
+    rates = {"fp32": 1e11, "bf16": 4e11}
+    cpu = A100.replace(kind="cpu", name="a CPU", flops_per_second=rates, achievable=dict.fromkeys(rates, 1.0))
+    assert seconds_of(work, cpu).linear == pytest.approx(1e12 / 4e11)
+    faster = cpu.replace(flops_per_second={**rates, "int8": 8e11}, achievable={"int8": 1.0})
+    assert seconds_of(work, faster).linear == pytest.approx(1e12 / 8e11)
+
+
 def test_evaluation_and_saving_are_not_the_step() -> None:
     found = seconds_of({MATMUL._replace(moment=Moment.EVALUATION): Work(1, 1e12, 1e6)}, A100)
     assert found.linear == found.calls == 0

@@ -25,7 +25,7 @@ def test_every_kept_combination_is_a_recipe_without_contradiction(tiny: str) -> 
     case = settle(Question(tiny, length=64, machine="H100"))
     kept, refused = space(case)
     assert len(kept) > 500
-    assert len(kept) + len(refused) == 4 * 3 * 4 * 8 * 2 * 2 * 2
+    assert len(kept) + len(refused) == 5 * 3 * 4 * 8 * 2 * 2 * 2
     for choice in kept[::17]:
         recipe = choice.recipe(case.base, 16 if choice.updates_in_backward else 1)
         assert isinstance(recipe, Recipe)
@@ -131,6 +131,31 @@ def test_what_is_asked_for_by_name_is_part_of_the_exact_run(tiny: str) -> None:
     assert {choice["precision"].label for choice in kept} == {"fp32"}
     assert {choice["loss"].label for choice in kept} == {"whole loss"}
     both, _ = space(settle(Question(tiny, length=64, machine="H100", wanted=("lora", "quantize"), quality="exact")))
-    assert {choice["tuning"].label for choice in both} == {"LoRA over nf4", "LoRA over int8"}
+    assert {choice["tuning"].label for choice in both} == {"LoRA over nf4", "LoRA over int8", "LoRA, products in FP8"}
     words = " ".join(Counter(each.reason for each in refused))
     assert "bf16 mixed promises less" in words
+
+
+def tunings(case: Case) -> list[str]:
+    return [option.label for option in axes(case.config, case.machine, case.base, case.wishes)["tuning"]]
+
+
+@pytest.mark.parametrize(
+    ("machine", "has_fp8"), [("H100", True), ("RTX 4090", True), ("A100 80GB", False), ("MI300X", False)]
+)
+def test_products_in_fp8_are_for_the_cards_that_have_them(tiny: str, machine: str, has_fp8: bool) -> None:
+    found = tunings(settle(Question(tiny, length=64, machine=machine)))
+    assert ("LoRA, products in FP8" in found) is has_fp8
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize(("rate", "is_offered"), [(None, False), (2e11, False), (6e11, True)])
+def test_products_in_int8_are_for_a_processor_that_is_faster_at_them(
+    tiny: str, rate: float | None, is_offered: bool
+) -> None:
+    rates = {"fp32": 1e11, "bf16": 4e11} | ({} if rate is None else {"int8": rate})
+    cpu = find("T4").replace(kind="cpu", name="a CPU", flops_per_second=rates)
+    assert ("LoRA, products in int8" in tunings(settle(Question(tiny, length=64, machine=cpu)))) is is_offered
+    without = settle(Question(tiny, length=64, machine=cpu, unwanted=("fused",)))
+    kept, _ = space(without)
+    assert "LoRA, products in int8" not in {choice["tuning"].label for choice in kept}
