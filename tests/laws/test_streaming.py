@@ -123,12 +123,13 @@ def test_what_is_away_cannot_be_used_unnoticed_and_nothing_stays() -> None:
 
 
 @pytest.mark.parametrize("methods", [{}, {"quantize": {"kind": "nf4"}}], ids=["fp32", "nf4"])
-@pytest.mark.parametrize("depth", [4, 7])
-def test_the_dry_run_knows_it(methods: dict[str, Any], depth: int) -> None:
+@pytest.mark.parametrize(("depth", "at_once"), [(4, 7), (7, 7), (4, 1)])
+def test_the_dry_run_knows_it(methods: dict[str, Any], depth: int, at_once: int) -> None:
+    """With one document at once the weights of a block are most of the peak: they must not be there twice."""
     config = LlamaConfig(**{**DEEP.to_dict(), "num_hidden_layers": depth})
     quantize: tuple[Method, ...] = (Quantize(kind="nf4"),) if methods else ()
     recipe = make_recipe(LoRA(rank=2), Checkpointing(), Precision(compute="fp32"), Stream(), *quantize).replace(
-        batch=BatchSpec(documents=7, micro_batch_size=7)
+        batch=BatchSpec(documents=7, micro_batch_size=at_once)
     )
     recipe = complete(recipe, config, CPU)
     run = build(recipe, random_model(config, torch.float32, seed=0), CPU)
@@ -142,13 +143,21 @@ def test_the_dry_run_knows_it(methods: dict[str, Any], depth: int) -> None:
 
 def test_weights_go_where_they_are_told_and_vanish(tmp_path: Path) -> None:
     run = make_run((LoRA(rank=4), Checkpointing(), Stream(folder=str(tmp_path / "blocks"))), 3)
-    files = list(tmp_path.rglob("*.safetensors"))
+    files = list(tmp_path.rglob("*.weights"))
     assert len(files) == CONFIG.num_hidden_layers
     assert sum(file.stat().st_size for file in files) > 4 * 3 * 64 * 96
     del run
     (tmp_path / "no folder").write_text("in the way")
     with pytest.raises(StorageError, match="stream"):
         make_run((LoRA(rank=4), Checkpointing(), Stream(folder=str(tmp_path / "no folder"))), 3)
+
+
+def test_weights_that_were_cut_off_are_said(tmp_path: Path) -> None:
+    run = make_run((LoRA(rank=4), Checkpointing(), Stream(folder=str(tmp_path))), 3)
+    file = min(tmp_path.rglob("*.weights"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StorageError, match=r"stream: cannot read weights from .*the file has become shorter"):
+        loss_and_gradients(run)
 
 
 @pytest.mark.parametrize(

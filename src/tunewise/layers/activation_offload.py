@@ -12,7 +12,6 @@ On fake tensors (a dry run) nothing is moved: what is offloaded dies and is born
 
 from __future__ import annotations
 
-import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tunewise.errors import StorageError
 from tunewise.layers.linear import has_values
+from tunewise.layers.raw_bytes import bytes_of, read_at, write_at
 
 Home = Literal["disk", "host"]
 
@@ -65,12 +65,10 @@ class DiskFile:
 
     def put(self, tensor: Tensor, kept: Kept) -> None:
         """Write a tensor's numbers in the order in which they lie in memory."""
-        content = _bytes_of(tensor)
+        content = bytes_of(tensor)
         kept.where = self._end
         try:
-            written = 0
-            while written < len(content):
-                written += os.pwrite(self._file.fileno(), content[written:], self._end + written)
+            write_at(self._file.fileno(), content, self._end)
         except OSError as error:
             raise StorageError(
                 f"offload_activations: cannot write to {tempfile.gettempdir()}: {error}. Name a folder with room in "
@@ -83,13 +81,10 @@ class DiskFile:
     def get(self, kept: Kept) -> Tensor:
         """Read it back."""
         tensor = kept.empty()
-        content = _bytes_of(tensor)
-        read = 0
-        while read < len(content):
-            count = os.preadv(self._file.fileno(), [content[read:]], kept.where + read)
-            if not count:
-                raise StorageError("offload_activations: the file with activations has become shorter.")
-            read += count
+        try:
+            read_at(self._file.fileno(), bytes_of(tensor), kept.where)
+        except (OSError, EOFError) as error:
+            raise StorageError(f"offload_activations: cannot read activations back: {error}.") from error
         return tensor
 
     @property
@@ -189,9 +184,3 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return tensor.layout == torch.strided and tensor.numel() > 0
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return a dense CPU tensor's memory, to read or to write."""
-    flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

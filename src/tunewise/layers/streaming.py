@@ -28,13 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from tunewise.errors import Conflict, StorageError
 from tunewise.layers.linear import has_values
+from tunewise.layers.raw_bytes import bytes_of, read_at, write_at
 
 Source = Literal["disk", "host"]
 
@@ -71,7 +70,7 @@ class Streamer:
 
         Args:
             blocks: by name in the model, in the order in which they compute.
-            source: "disk" (one safetensors file a piece in a folder of its own, removed with the process) or "host".
+            source: "disk" (a file a piece in a folder of its own, removed with the process) or "host".
             device: where blocks compute.
             folder: where that folder is made; None: the system's for temporary files.
         """
@@ -169,14 +168,12 @@ class Streamer:
             waiting = {key: tensor.pin_memory() if pins else tensor.clone() for key, tensor in waiting.items()}
             return {key: partial(_copy_from, tensor) for key, tensor in waiting.items()}
         try:
-            file = self._new_file()
-            save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, file)
-        except (OSError, SafetensorError) as error:
+            return _write(self._new_file(), tensors)
+        except OSError as error:
             place = self._wanted_folder or tempfile.gettempdir()
             raise StorageError(
                 f"stream: cannot write weights to {place}: {error}. Name another stream.folder."
             ) from error
-        return {key: partial(_read, file, key) for key in tensors}
 
     def _new_file(self) -> Path:
         if self._folder is None:
@@ -186,7 +183,7 @@ class Streamer:
             if self._device.type == "cpu":
                 _give_freed_memory_back()
         self._num_files += 1
-        return Path(self._folder.name) / f"{self._num_files:06d}.safetensors"
+        return Path(self._folder.name) / f"{self._num_files:06d}.weights"
 
     def _placeholder(self, tensor: Tensor) -> Tensor:
         filler = float("nan") if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else 0
@@ -291,9 +288,27 @@ def _copy_from(waiting: Tensor, values: Tensor) -> None:
     values.copy_(waiting, non_blocking=True)
 
 
-def _read(file: Path, key: str, values: Tensor) -> None:
+def _write(file: Path, tensors: dict[str, Tensor]) -> dict[str, Callable[[Tensor], None] | None]:
+    """Write tensors one behind the other and return for each how to read it.
+
+    No safetensors: it maps the whole file for one tensor, and a block would be in memory twice while it comes.
+    """
+    places, place = {}, 0
+    with file.open("wb", buffering=0) as content:
+        for key, tensor in tensors.items():
+            numbers = bytes_of(tensor.detach().to("cpu").contiguous())
+            write_at(content.fileno(), numbers, place)
+            places[key] = place
+            place += len(numbers)
+    return {key: partial(_read, file, place) for key, place in places.items()}
+
+
+def _read(file: Path, place: int, values: Tensor) -> None:
+    waiting = values if values.device.type == "cpu" else torch.empty_like(values, device="cpu")
     try:
-        with safe_open(file, framework="pt") as content:
-            values.copy_(content.get_tensor(key))
-    except (OSError, SafetensorError) as error:
+        with file.open("rb", buffering=0) as content:
+            read_at(content.fileno(), bytes_of(waiting), place)
+    except (OSError, EOFError) as error:
         raise StorageError(f"stream: cannot read weights from {file}: {error}") from error
+    if waiting is not values:
+        values.copy_(waiting)
