@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,9 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Data sets that do not come along; default ../shared/data.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where finished results are kept.")] = Path("runs/reproduce"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="So many at once, each with its share of the cores; default one a core.")
+    ] = None,
 ) -> None:
     """Repeat published experiments at this machine's scale: paper, ours, ratio or direction, interval, verdict.
 
@@ -34,6 +38,7 @@ def run(
     from tunewise.reproduce import ALL, BY_NAME
     from tunewise.reproduce.bench import Size
     from tunewise.reproduce.keeping import Keeper, combined
+    from tunewise.reproduce.side_by_side import default_jobs, side_by_side
 
     if only_list or not (names or every):
         for reproduction in ALL:
@@ -47,23 +52,34 @@ def run(
         raise InputError(f"--shared: there is no folder '{shared}'.")
     wanted = ALL if every else tuple(BY_NAME[name] for name in dict.fromkeys(names or ()))
     size = Size.SHORT if short else Size.FULL
-    keeper = Keeper(out, size, place, lambda line: typer.echo(f"    {line}", err=True))
+
+    def say(line: str) -> None:
+        typer.echo(f"    {line}", err=True)
+
+    keeper = Keeper(out, size, place, say)
     results, failed = [], []
-    for number, reproduction in enumerate(wanted, start=1):
-        typer.echo(f"[{number}/{len(wanted)}] {reproduction.name}: {reproduction.title}", err=True)
-        try:
-            result = keeper.result(reproduction)
-        except Interrupted:
-            raise
-        except Exception as error:  # the others are not to blame; it is reported, and tried again by the next call
-            typer.echo(f"    failed: {type(error).__name__}: {error}", err=True)
-            failed.append(reproduction.name)
-            continue
-        results.append(result)
-        typer.echo(shown.terminal(result))
-        if as_json is not None:
-            as_json.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(as_json, json.dumps(combined(results, failed), indent=1) + "\n")
+    new = [reproduction.name for reproduction in wanted if keeper.kept(reproduction) is None]
+    at_once = min(jobs or default_jobs(), len(new))
+    options = [*(["--short"] if short else []), "--out", str(out), *(["--shared", str(place)] if place else [])]
+    with side_by_side(new, at_once, options, say) if at_once > 1 else nullcontext(lambda name: True) as ended_well:
+        for number, reproduction in enumerate(wanted, start=1):
+            typer.echo(f"[{number}/{len(wanted)}] {reproduction.name}: {reproduction.title}", err=True)
+            try:
+                if at_once > 1 and reproduction.name in new and not ended_well(reproduction.name):
+                    failed.append(reproduction.name)
+                    continue
+                result = keeper.result(reproduction)
+            except Interrupted:
+                raise
+            except Exception as error:  # the others are not to blame; it is reported, and tried again by the next call
+                say(f"failed: {type(error).__name__}: {error}")
+                failed.append(reproduction.name)
+                continue
+            results.append(result)
+            typer.echo(shown.terminal(result))
+            if as_json is not None:
+                as_json.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(as_json, json.dumps(combined(results, failed), indent=1) + "\n")
     if len(wanted) > 1:
         typer.echo(shown.overview(results))
     if failed:

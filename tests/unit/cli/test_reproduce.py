@@ -45,7 +45,7 @@ def three(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr("sys.argv", ["tunewise", "reproduce", *words])
+    monkeypatch.setattr("sys.argv", ["tunewise", "reproduce", "--jobs", "1", *words])
     with pytest.raises(SystemExit) as stop:
         main()
     return int(stop.value.code or 0)

@@ -1,0 +1,60 @@
+"""Several experiments at once: each in its own process, results found by who waits, a stop stops them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunewise.reproduce.side_by_side import side_by_side
+
+CHILD = """
+import json, os, sys, time
+folder, name = sys.argv[sys.argv.index("--out") + 1], sys.argv[-1]
+mark = os.path.join(folder, name)
+open(mark + ".begun", "w").write(json.dumps([os.getpid(), os.environ["OMP_NUM_THREADS"], sys.argv[1:]]))
+print("[1/1] shown to nobody", file=sys.stderr)
+print("    half way", file=sys.stderr, flush=True)
+if name == "bad":
+    sys.exit(1)
+while name != "alone" and len([file for file in os.listdir(folder) if file.endswith(".begun")]) < 2:
+    time.sleep(0.01)
+if name == "endless":
+    time.sleep(600)
+"""
+PROGRAM = (sys.executable, "-c", CHILD)
+
+
+def begun(folder: Path, name: str) -> tuple[int, str, list[str]]:
+    process, threads, arguments = json.loads((folder / f"{name}.begun").read_text())
+    return int(process), str(threads), list(arguments)
+
+
+def test_two_run_at_once_and_a_failure_is_its_own(tmp_path: Path) -> None:
+    """`first` and `second` each wait until both have begun: one after another they would never end."""
+    lines: list[str] = []
+    options = ["--short", "--out", str(tmp_path)]
+    with side_by_side(["first", "second", "bad", "alone"], 2, options, lines.append, PROGRAM) as ended_well:
+        assert [ended_well(name) for name in ("first", "second", "bad", "alone")] == [True, True, False, True]
+    assert sorted(lines) == [f"{name}: half way" for name in ("alone", "bad", "first", "second")]
+    process, threads, arguments = begun(tmp_path, "second")
+    assert process != begun(tmp_path, "first")[0]
+    assert threads == str(max(1, torch.get_num_threads() // 2))
+    assert arguments == ["reproduce", "--jobs", "1", *options, "second"]
+
+
+def test_a_stop_leaves_no_process(tmp_path: Path) -> None:
+    def stopped() -> None:
+        options = ["--out", str(tmp_path)]
+        with side_by_side(["endless", "first", "later"], 2, options, lambda line: None, PROGRAM) as ended_well:
+            assert ended_well("first")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    with pytest.raises(ProcessLookupError):
+        os.kill(begun(tmp_path, "endless")[0], 0)
