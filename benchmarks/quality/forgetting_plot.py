@@ -74,7 +74,7 @@ def write(summary: dict[str, Any], folder: Path) -> list[Path]:
     for world, figures in summary.items():
         for kind, plot in (("arms", arms_plot(world, figures)), ("sweep", sweep_plot(world, figures))):
             if plot is not None:
-                files.append(folder / f"forgetting-{world}-{kind}.svg")
+                files.append(folder / f"forgetting-{world.replace(', ', '-').replace(' ', '-')}-{kind}.svg")
                 files[-1].write_text(draw(plot), encoding="utf-8")
     return files
 
