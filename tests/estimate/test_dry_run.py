@@ -12,6 +12,7 @@ from tunewise.engine.device_profile import CPU
 from tunewise.engine.dry_run import BatchShape, dry_run, trace
 from tunewise.engine.extension import shallow_depths
 from tunewise.engine.tracking import Kind, Moment
+from tunewise.errors import Conflict
 from tunewise.export.merge import merge_adapters
 from tunewise.methods import complete
 from tunewise.methods.reading import recipe_from_mapping
@@ -164,6 +165,19 @@ def test_a_large_model_is_never_instantiated() -> None:
     unpacked = 2 * 128256 * 8192
     # 4.127 bits with double quantization (QLoRA, section 3), the head and the embedding in bf16.
     assert kinds[Kind.WEIGHTS] == pytest.approx(packed * 4.127 / 8 + unpacked * 2, rel=0.002)
+
+
+def test_products_in_fp8_are_run_dry_for_a_card_that_is_not_here() -> None:
+    """Whether a run computes in bf16 is asked of the recipe: precision acts on the run only after the weights."""
+    config = config_of("llama", 2)
+    products = {"quantize": {"kind": "fp8", "compute": "fp8"}, "lora": {"rank": 16}}
+    for trainable in ("fp32", "same"):
+        recipe = recipe_for_cuda(config, {**products, "precision": {"compute": "bf16", "trainable": trainable}})
+        estimate = dry_run(recipe, config, "cuda", BatchShape.uniform(2, 64))
+        assert any(key.dtype == torch.float8_e4m3fn for key in estimate.work)
+    recipe = recipe_for_cuda(config, {**products, "precision": {"compute": "fp16"}})
+    with pytest.raises(Conflict, match=r"Use precision: \{compute: bf16\}"):
+        dry_run(recipe, config, "cuda", BatchShape.uniform(2, 64))
 
 
 def test_merging_is_estimated_too() -> None:

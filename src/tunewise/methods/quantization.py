@@ -29,6 +29,7 @@ from tunewise.layers.quantized import QuantizedLinear, QuantKind, quantize_linea
 from tunewise.methods.low_rank import LowRank
 from tunewise.methods.method import Run
 from tunewise.methods.naming import select
+from tunewise.methods.precision import Precision
 from tunewise.recipe import Fidelity, Method, Recipe, Slot
 from tunewise.units import format_bytes
 
@@ -169,7 +170,8 @@ def _check_fp8(run: Run, layers: dict[str, nn.Module]) -> None:
     """
     if not run.is_dry and torch.cuda.get_device_capability(run.device) < (8, 9):
         raise Conflict("quantize: compute fp8 needs a card of the Ada or Hopper generation or later. Leave it out.")
-    if torch.bfloat16 not in (run.autocast_dtype, run.storage_dtype):
+    precision = run.recipe.get(Precision)  # which acts on the run after weights and adapters
+    if precision is None or precision.compute != "bf16":
         raise Conflict("quantize: compute fp8 makes bf16 of its products on CUDA. Use precision: {compute: bf16}.")
     for name, layer in layers.items():
         inputs, outputs = linear_shape(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from tests.unit.report.samples import findings
@@ -12,7 +13,7 @@ from tunewise.quality.verdict import Check, QualityReport
 from tunewise.report.blocks import Note, Table, Words
 from tunewise.report.html import page
 from tunewise.report.quality_table import show_quality
-from tunewise.report.sections.quality import quality_section
+from tunewise.report.sections.quality import quality_section, quality_words
 
 REPORT = QualityReport(
     passed=False,
@@ -48,6 +49,18 @@ def test_the_section_says_verdict_reason_and_cost() -> None:
     ]
     assert table.rows[0].cells[1].under == "0.400 to 0.600"
     assert [row.cells[4].tone for row in table.rows] == ["", "bad", "dim"]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "ending"),
+    [
+        (1.0, "5% of the training's time."),
+        (0.4, "5% of the training's time; 40% of the planned sample."),
+        (0.0, "5% of the training's time, which pays for the smallest sample that tells anything."),
+    ],
+)
+def test_how_much_was_measured_is_said(fraction: float, ending: str) -> None:
+    assert quality_words(REPORT.model_copy(update={"fraction": fraction}))[-1].endswith(ending)
 
 
 def test_the_page_escapes_what_was_found() -> None:

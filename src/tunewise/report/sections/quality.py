@@ -16,6 +16,9 @@ FOOT = (
     "so many of them. Forgetting is the loss on general text after training minus before."
 )
 
+SMALLEST = 0.005
+"""Of the way from the smallest sample to the planned one: what would be printed as 0 %."""
+
 
 def quality_section(findings: Findings) -> Section:
     """Return the section on the gate's verdict."""
@@ -37,6 +40,8 @@ def quality_words(report: QualityReport) -> tuple[str, ...]:
     if report.training_seconds:
         share = report.seconds / report.training_seconds
         measured = f"; {report.fraction:.0%} of the planned sample" if report.fraction < 1.0 else ""
+        if report.fraction < SMALLEST:
+            measured = ", which pays for the smallest sample that tells anything"
         said.append(f"Measuring took {report.seconds:.1f} s, {share:.0%} of the training's time{measured}.")
     return tuple(said)
 
