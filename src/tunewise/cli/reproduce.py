@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunewise.errors import InputError, Interrupted, did_you_mean
+
+if TYPE_CHECKING:
+    from tunewise.reproduce.keeping import Keeper
+    from tunewise.reproduce.reproduction import Reproduction, Result
 
 
 def run(
@@ -64,15 +68,8 @@ def run(
     with side_by_side(new, at_once, options, say) if at_once > 1 else nullcontext(lambda name: True) as ended_well:
         for number, reproduction in enumerate(wanted, start=1):
             typer.echo(f"[{number}/{len(wanted)}] {reproduction.name}: {reproduction.title}", err=True)
-            try:
-                if at_once > 1 and reproduction.name in new and not ended_well(reproduction.name):
-                    failed.append(reproduction.name)
-                    continue
-                result = keeper.result(reproduction)
-            except Interrupted:
-                raise
-            except Exception as error:  # the others are not to blame; it is reported, and tried again by the next call
-                say(f"failed: {type(error).__name__}: {error}")
+            result = _result(reproduction, keeper) if ended_well(reproduction.name) else None
+            if result is None:
                 failed.append(reproduction.name)
                 continue
             results.append(result)
@@ -85,6 +82,17 @@ def run(
     if failed:
         typer.echo(f"failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
+
+
+def _result(reproduction: Reproduction, keeper: Keeper) -> Result | None:
+    """Return the result; None where it failed: the others are not to blame, and the next call tries it again."""
+    try:
+        return keeper.result(reproduction)
+    except Interrupted:
+        raise
+    except Exception as error:
+        keeper.say(f"failed: {type(error).__name__}: {error}")
+        return None
 
 
 def _beside() -> Path | None:

@@ -319,6 +319,23 @@ void backward_of(const bf16* q, const bf16* k, const bf16* v, const bf16* grad, 
   for (int64_t i = 0; i < L * D; ++i) store(grad_v + i, sum_v[i]);
 }
 
+// Calls `work` for every document and head of keys, with where its queries and its keys begin, on all threads.
+template <class Work>
+void each_head(const void* counts, const void* lengths, int64_t buckets, int64_t H, int64_t K, int64_t D, Work work) {
+  const auto held = documents_of(static_cast<const int64_t*>(counts), static_cast<const int64_t*>(lengths), buckets);
+  const int64_t tasks = static_cast<int64_t>(held.size()) * K, G = H / K;
+#pragma omp parallel
+  {
+    Room room;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const auto [slot, L] = held[task / K];
+      const int64_t head = task % K;
+      work((slot * H + head * G * L) * D, (slot * K + head * L) * D, L, G, room);
+    }
+  }
+}
+
 }  // namespace
 #endif
 
@@ -337,40 +354,22 @@ int64_t has_document_attention() {
 void document_attention_bf16(const void* q, const void* k, const void* v, void* out, void* log_sum, const void* counts,
                              const void* lengths, int64_t buckets, int64_t H, int64_t K, int64_t D, int64_t window,
                              float scale) {
-  const auto held = documents_of(static_cast<const int64_t*>(counts), static_cast<const int64_t*>(lengths), buckets);
-  const int64_t tasks = static_cast<int64_t>(held.size()) * K, G = H / K;
-#pragma omp parallel
-  {
-    Room room;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const auto [slot, L] = held[task / K];
-      const int64_t head = task % K, asked = (slot * H + head * G * L) * D, known = (slot * K + head * L) * D;
-      forward_of(static_cast<const bf16*>(q) + asked, static_cast<const bf16*>(k) + known,
-                 static_cast<const bf16*>(v) + known, static_cast<bf16*>(out) + asked,
-                 static_cast<float*>(log_sum) + asked / D, L, D, G, window, scale, room);
-    }
-  }
+  each_head(counts, lengths, buckets, H, K, D, [&](int64_t asked, int64_t known, int64_t L, int64_t G, Room& room) {
+    forward_of(static_cast<const bf16*>(q) + asked, static_cast<const bf16*>(k) + known,
+               static_cast<const bf16*>(v) + known, static_cast<bf16*>(out) + asked,
+               static_cast<float*>(log_sum) + asked / D, L, D, G, window, scale, room);
+  });
 }
 
 void document_attention_backward_bf16(const void* q, const void* k, const void* v, const void* grad, const void* log_sum,
                                       void* grad_q, void* grad_k, void* grad_v, const void* counts, const void* lengths,
                                       int64_t buckets, int64_t H, int64_t K, int64_t D, int64_t window, float scale) {
-  const auto held = documents_of(static_cast<const int64_t*>(counts), static_cast<const int64_t*>(lengths), buckets);
-  const int64_t tasks = static_cast<int64_t>(held.size()) * K, G = H / K;
-#pragma omp parallel
-  {
-    Room room;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const auto [slot, L] = held[task / K];
-      const int64_t head = task % K, asked = (slot * H + head * G * L) * D, known = (slot * K + head * L) * D;
-      backward_of(static_cast<const bf16*>(q) + asked, static_cast<const bf16*>(k) + known,
-                  static_cast<const bf16*>(v) + known, static_cast<const bf16*>(grad) + asked,
-                  static_cast<const float*>(log_sum) + asked / D, static_cast<bf16*>(grad_q) + asked,
-                  static_cast<bf16*>(grad_k) + known, static_cast<bf16*>(grad_v) + known, L, D, G, window, scale, room);
-    }
-  }
+  each_head(counts, lengths, buckets, H, K, D, [&](int64_t asked, int64_t known, int64_t L, int64_t G, Room& room) {
+    backward_of(static_cast<const bf16*>(q) + asked, static_cast<const bf16*>(k) + known,
+                static_cast<const bf16*>(v) + known, static_cast<const bf16*>(grad) + asked,
+                static_cast<const float*>(log_sum) + asked / D, static_cast<bf16*>(grad_q) + asked,
+                static_cast<bf16*>(grad_k) + known, static_cast<bf16*>(grad_v) + known, L, D, G, window, scale, room);
+  });
 }
 #endif
 }

@@ -46,7 +46,7 @@ def side_by_side(
         program: what is called with "reproduce", options and name.
 
     Yields:
-        a function that waits for a name and says whether its process ended well.
+        a function that waits for a name and says whether its process ended well (one that was not started did).
     """
     threads = str(max(1, torch.get_num_threads() // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -77,7 +77,7 @@ def side_by_side(
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {name: pool.submit(work, name) for name in names}
         try:
-            yield lambda name: waiting[name].result()
+            yield lambda name: name not in waiting or waiting[name].result()
         finally:
             with lock:
                 is_stopped = True
