@@ -85,12 +85,12 @@ def run(
 
 
 def _result(reproduction: Reproduction, keeper: Keeper) -> Result | None:
-    """Return the result; None where it failed: the others are not to blame, and the next call tries it again."""
+    """Return the result, or say why there is none and return None."""
     try:
         return keeper.result(reproduction)
     except Interrupted:
         raise
-    except Exception as error:
+    except Exception as error:  # the others are not to blame; it is reported, and tried again by the next call
         keeper.say(f"failed: {type(error).__name__}: {error}")
         return None
 
