@@ -40,6 +40,7 @@ def test_two_run_at_once_and_a_failure_is_its_own(tmp_path: Path) -> None:
     options = ["--short", "--out", str(tmp_path)]
     with side_by_side(["first", "second", "bad", "alone"], 2, options, lines.append, PROGRAM) as ended_well:
         assert [ended_well(name) for name in ("first", "second", "bad", "alone")] == [True, True, False, True]
+        assert ended_well("kept from before")
     assert sorted(lines) == [f"{name}: half way" for name in ("alone", "bad", "first", "second")]
     process, threads, arguments = begun(tmp_path, "second")
     assert process != begun(tmp_path, "first")[0]
