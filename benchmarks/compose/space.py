@@ -215,6 +215,8 @@ def _quantize(draw: random.Random) -> Options:
         options["double_quant"] = False
     if kind in ("int8", "fp8"):
         options["compute"] = draw.choice(("dequantize", kind))
+        if options["compute"] == "int8" and draw.random() < 0.5:
+            options["head_compute"] = "int8"
     elif draw.random() < 0.4:
         options["block_size"] = draw.choice((32, 64, 128))
     return options

@@ -32,8 +32,8 @@ from benchmarks.peers.environments import python_of, torch_only_bytes
 SIDES = Path(__file__).with_name("side")
 OURS = "tunewise"
 OURS_INT8 = "tunewise-int8"
-INT8 = {"quantize": {"kind": "int8", "compute": "int8"}}
-"""What the second entry of ours adds: a base in int8, multiplied in 8 bits: another function, so see its loss."""
+INT8 = {"quantize": {"kind": "int8", "compute": "int8", "head_compute": "int8"}}
+"""What the second entry of ours adds: a base in int8, multiplied in 8 bits, and so the head: see its loss."""
 
 PEERS: dict[str, tuple[str, str]] = {
     "trl-default": ("trl", "huggingface.py"),

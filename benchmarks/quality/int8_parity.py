@@ -3,7 +3,8 @@
     python benchmarks/quality/int8_parity.py --json int8_parity.json
 
 Arms: LoRA over the bf16 base; over an int8 base that is unpacked for every product (only the weights are rounded);
-over the same base multiplied in 8 bits (the inputs' rows too, and the gradients'). Every arm starts from the same
+over the same base multiplied in 8 bits (the inputs' rows too, and the gradients'); with the output head multiplied so
+as well (its gradients rounded at random). Every arm starts from the same
 factors and meets the same documents in the same order. Judged are the differences of the validation loss to the first
 arm, seed by seed, against what another seed alone changes."""
 
@@ -23,6 +24,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "int8 unpacked": {"quantize": {"kind": "int8"}},
     "int8 products": {"quantize": {"kind": "int8", "compute": "int8"}},
+    "int8 head too": {"quantize": {"kind": "int8", "compute": "int8", "head_compute": "int8"}},
 }
 
 

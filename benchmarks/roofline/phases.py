@@ -77,7 +77,7 @@ def marked(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def by_phase(profile: torch.profiler.profile, steps: int, step_seconds: float) -> dict[str, dict[str, Any]]:
+def by_phase(profile: torch.profiler.profile, steps: float, step_seconds: float) -> dict[str, dict[str, Any]]:
     """Return for each phase its share, its seconds of `step_seconds`, its FLOPs a step and its operators' shares."""
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
     part_by_sequence: dict[int, str] = {}

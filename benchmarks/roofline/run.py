@@ -7,7 +7,8 @@ Ceilings: the fastest bf16 and fp32 matrix products and the copy bandwidth, befo
 Steps: whole steps of a training, timed without any instrument (`step`); then steps under torch's profiler, whose
 shares by phase and operator divide that time (`phases`). A phase is what the model's module computes, forward and
 backward apart: backward work is given to the module whose forward made it (autograd's sequence numbers). FLOPs are
-those that the matrix products of the step really execute, counted by the profiler from their shapes."""
+those that the matrix products of the profiled steps really execute, counted by the profiler from their shapes; by
+token, because steps differ in length."""
 
 from __future__ import annotations
 
@@ -134,13 +135,13 @@ def main(arguments: argparse.Namespace) -> int:
         torch.profiler.profile(activities=activities, record_shapes=True, with_flops=True) as p,
     ):
         started = time.perf_counter()
-        for _ in range(arguments.profiled):
-            steps.step()
+        profiled_tokens = sum(steps.step() for _ in range(arguments.profiled))
         profiled_seconds = (time.perf_counter() - started) / arguments.profiled
     after = ceilings()
     best = {name: max(before[name], after[name]) for name in before}
     step_seconds = sum(seconds) / len(seconds)
-    phases = by_phase(p, arguments.profiled, step_seconds)
+    timed_steps = profiled_tokens * len(tokens) / sum(tokens)  # as many timed steps have so many tokens
+    phases = by_phase(p, timed_steps, step_seconds)
     flops = sum(phase["flops"] for phase in phases.values())
     result = {
         "summary": {

@@ -34,7 +34,7 @@ def test_random_recipes_know_every_method_and_option() -> None:
     left_out = {
         f"{name}.{field}" for name, kind in BY_NAME.items() for field in kind.model_fields if field not in OPTIONS[name]
     }
-    assert left_out == {"quantize.block_size", "quantize.compute", "quantize.skip_modules"}
+    assert left_out == {f"quantize.{field}" for field in ("block_size", "compute", "head_compute", "skip_modules")}
 
 
 @MANY

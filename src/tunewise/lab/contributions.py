@@ -199,10 +199,11 @@ def _of_narrow_products(study: MethodStudy, winner: Tried) -> list[str]:
     beyond, narrow = study.beyond, study.space.narrow
     if beyond is None or narrow is None or not beyond.measured:
         return []
+    head = f", head_compute: {narrow.head_compute}" if narrow.head_compute != "dense" else ""
     one, other = (_loss_of(tried) for tried in (beyond, winner))
     learnt = "" if one is None or other is None else f"; the validation loss changes by {one - other:+.4f} nats"
     return [
-        f"With {NARROW} besides (quantize: {{kind: {narrow.kind}, compute: {narrow.compute}}}) a step takes "
+        f"With {NARROW} besides (quantize: {{kind: {narrow.kind}, compute: {narrow.compute}{head}}}) a step takes "
         f"{beyond.seconds / winner.seconds:.2f} times as long, with {beyond.peak_bytes / winner.peak_bytes:.2f} times "
         f"the memory{learnt}. It learns over a coarser base, so it is yours to add."
     ]

@@ -61,13 +61,13 @@ On = frozenset[str]
 
 @dataclass(frozen=True)
 class Switch:
-    """A factor and what its two states are in the planner's space; `requires` names a factor that must be on too."""
+    """A factor and what its two states are in the planner's space; `requires` names factors that must be on too."""
 
     factor: Factor
     axis: Axis | None
     off: Option | None
     on: Option | None
-    requires: str = ""
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,9 @@ class FactorSpace:
     def refusal(self, on: On) -> str | None:
         """Say why a set of factors is no recipe, or return None."""
         for switch in self.switches:
-            if switch.factor.name in on and switch.requires and switch.requires not in on | self.held:
-                return f"{switch.factor.on} needs {switch.requires}"
+            missing = [name for name in switch.requires if name not in on | self.held]
+            if switch.factor.name in on and missing:
+                return f"{switch.factor.on} needs {missing[0]}"
         found = conflicts(self.recipe(on))
         return found[0] if found else None
 
@@ -204,13 +205,13 @@ def factor_space(base: Recipe, config: PretrainedConfig, machine: Machine, predi
     axes = {switch.axis for switch in switches}
     fixed = [(axis, option) for axis, option in _present(base).items() if axis not in axes]
     has_adapter = base.get(LoRA) is not None and base.get(Quantize) is None
-    narrow = narrow_products(machine, base) if has_adapter else None
+    narrow = narrow_products(config, machine, base) if has_adapter else None
     space = FactorSpace(base, config, tuple(switches), tuple(fixed), predictor, narrow=narrow)
-    refused = [name for name in space.names if space.refusal(frozenset({name, _required(space, name)} - {""}))]
+    refused = [name for name in space.names if space.refusal(frozenset({name, *_required(space, name)}))]
     return space.without(refused)
 
 
-def _required(space: FactorSpace, name: str) -> str:
+def _required(space: FactorSpace, name: str) -> tuple[str, ...]:
     return next(switch.requires for switch in space.switches if switch.factor.name == name)
 
 
@@ -243,7 +244,7 @@ def _switch(
     fidelity: Fidelity,
     *,
     saves_memory_only: bool = False,
-    requires: str = "",
+    requires: tuple[str, ...] = (),
 ) -> Switch:
     factor = Factor(name=name, off=words[0], on=words[1], fidelity=fidelity.value, saves_memory_only=saves_memory_only)
     return Switch(factor, axis, off, on, requires)
@@ -331,14 +332,15 @@ def _tuning(base: Recipe) -> list[Switch]:
     if quantize.compute == "int8":
         packed = Option("LoRA, products in 8 bits", (*adapters, quantize), "", Fidelity.LEARNING, True)
         words = ("products in the precision of computation", "base in int8, products in 8 bits")
-        switches.append(_switch("8-bit products", "tuning", None, packed, words, Fidelity.LEARNING, requires="lora"))
+        requires = ("lora", "supervised loss") if quantize.head_compute == "int8" else ("lora",)
+        switches.append(_switch("8-bit products", "tuning", None, packed, words, Fidelity.LEARNING, requires=requires))
     elif importlib.util.find_spec("bitsandbytes") is not None:
         packed = Option(f"LoRA over {quantize.kind}", (*adapters, quantize), "LoRA", Fidelity.LEARNING, True)
         words = ("base weights as computed", f"base weights in {quantize.kind}")
         switches.append(
             _switch(
                 quantize.kind,
-                "tuning", None, packed, words, Fidelity.LEARNING, saves_memory_only=True, requires="lora",
+                "tuning", None, packed, words, Fidelity.LEARNING, saves_memory_only=True, requires=("lora",),
             )
         )  # fmt: skip
     return switches

@@ -16,6 +16,7 @@ recipes are equal trials and are measured once, whatever they are needed for.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ from tunewise.lab.laboratory import Laboratory
 from tunewise.lab.outcome import Failed, Measurement, OutOfMemory
 from tunewise.lab.trial import Trial
 from tunewise.lab.tried import Tried, nats_lost, why_out
-from tunewise.methods import LoRA, Quantize
+from tunewise.methods import LoRA, Quantize, SupervisedLoss
 from tunewise.methods.compatibility import conflicts
 from tunewise.planner.predict import Prediction
 from tunewise.recipe import Recipe
@@ -118,7 +119,7 @@ class MethodStudy:
             if self._predicted_to_fit(frozenset()):
                 return
             needed = [switch.requires for switch in self.space.switches if switch.factor.name == factor.name]
-            held = {factor.name, *needed} - {""}
+            held = {factor.name, *itertools.chain(*needed)}
             self.space = self.space.holding(held & set(self.space.names))
             self.excluded.append((f"without {factor.name}", "predicted not to fit into memory"))
 
@@ -201,7 +202,7 @@ class MethodStudy:
 
     def closed(self, on: On) -> On:
         """Return a set of factors with what its members require."""
-        required = {s.requires for s in self.space.switches if s.factor.name in on and s.requires}
+        required = {name for s in self.space.switches if s.factor.name in on for name in s.requires}
         return frozenset(on | (required & set(self.space.names)))
 
     def _factorial(self) -> None:
@@ -324,6 +325,8 @@ class MethodStudy:
         is_possible = winner.get(LoRA) is not None and winner.get(Quantize) is None
         if narrow is None or not is_possible or "nf4" in self.unwanted:  # what `--without quantize` says here
             return
+        if winner.get(SupervisedLoss) is None:
+            narrow = narrow.model_copy(update={"head_compute": "dense"})
         recipe = winner.replace(methods=(*(winner.methods or ()), narrow))
         if conflicts(recipe) or self._budget_left() < self._cost(1):
             return

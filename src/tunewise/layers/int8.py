@@ -6,7 +6,7 @@ Symmetric, rounded to nearest, each row by its largest number; as LLM.int8 witho
 2022, arXiv 2208.07339) and, with the input's gradient made in the same way, SwitchBack (Wortsman et al. 2023, arXiv
 2304.13013), which keeps the weight's gradient in 16 bits: here it is LoRA's, and so does it.
 
-Every function has a kernel (`kernels_int8.cpp`) and a plain twin; `uses_kernel` says which. In the dtype of the result
+Every function has a kernel (`kernels_int8.cpp`, `kernels_rounding.cpp`) and a plain twin; `uses_kernel` says which. In the dtype of the result
 they differ by rounding only.
 
 Shape suffixes: M rows, N outputs, K inputs.
@@ -36,32 +36,23 @@ def _fake_quantize_rows(x_MK: Tensor, col_scale_K: Tensor | None) -> Rows:
 
 
 def _matmul_(
-    out_MN: Tensor, rows_MK: Tensor, scale_M: Tensor, weight: Tensor, col_scale_N: Tensor | None, by_columns: bool
-) -> None:
-    _call_matmul(out_MN, rows_MK, scale_M, weight, col_scale_N, by_columns, adds=True)
+    out_MN: Tensor, rows_MK: Tensor, scale_M: Tensor, weight: Tensor, col_scale_N: Tensor | None, by_columns: bool,
+    adds: bool,
+) -> None:  # fmt: skip
+    sizes = (len(rows_MK), out_MN.shape[1], rows_MK.shape[1])
+    shape = (sizes[2], sizes[1]) if by_columns else (sizes[1], sizes[2])
+    if weight.shape != shape:
+        raise ValueError(f"the weight is {tuple(weight.shape)}, and these rows and outputs need {shape}")
+    rows = (rows_MK, int(rows_MK.dtype == torch.uint8), rows_MK.stride(0), scale_M)
+    call("int8_matmul", out_MN.dtype, *rows, weight, col_scale_N, out_MN, *sizes, int(by_columns), int(adds))
 
 
 def _matmul(
     rows_MK: Tensor, scale_M: Tensor, weight: Tensor, col_scale_N: Tensor | None, by_columns: bool, dtype: torch.dtype
 ) -> Tensor:
     out_MN = _fake_matmul(rows_MK, scale_M, weight, col_scale_N, by_columns, dtype)
-    _call_matmul(out_MN, rows_MK, scale_M, weight, col_scale_N, by_columns, adds=False)
+    _matmul_(out_MN, rows_MK, scale_M, weight, col_scale_N, by_columns, adds=False)
     return out_MN
-
-
-def _call_matmul(
-    out_MN: Tensor,
-    rows_MK: Tensor,
-    scale_M: Tensor,
-    weight: Tensor,
-    col_scale_N: Tensor | None,
-    by_columns: bool,
-    *,
-    adds: bool,
-) -> None:
-    sizes = (len(rows_MK), out_MN.shape[1], rows_MK.shape[1])
-    operands = (rows_MK, scale_M, weight, col_scale_N, out_MN)
-    call("int8_matmul", out_MN.dtype, *operands, *sizes, int(by_columns), int(adds))
 
 
 def _fake_matmul(
@@ -81,9 +72,10 @@ matmul_kernel = define(
     _fake_matmul,
 )
 matmul_kernel_ = define(
-    "int8_matmul_(Tensor(a!) out, Tensor rows, Tensor scale, Tensor weight, Tensor? col_scale, bool by_columns) -> ()",
+    "int8_matmul_(Tensor(a!) out, Tensor rows, Tensor scale, Tensor weight, Tensor? col_scale, bool by_columns, "
+    "bool adds) -> ()",
     _matmul_,
-    lambda out, rows, scale, weight, col_scale, by_columns: None,
+    lambda out, rows, scale, weight, col_scale, by_columns, adds: None,
 )
 
 
@@ -116,25 +108,40 @@ def matmul(
     """Multiply rows in 8 bits with a weight in 8 bits: (M, N) in `dtype`, contiguous.
 
     Args:
-        rows: int8 (M, K) and the scale of each row.
+        rows: int8 or uint8 (M, K), each dense, and the scale of each.
         weight: int8, (N, K), or (K, N) with `by_columns`.
         col_scale_N: fp32, of each output; None: ones.
         dtype: fp32 or bf16 (with the plain twin any).
-        uses_kernel: whether the compiled kernel computes; rows and weight are then contiguous.
+        uses_kernel: whether the compiled kernel computes; the weight is then contiguous.
         by_columns: how the weight is stored.
     """
     rows_MK, scale_M = rows
     if uses_kernel:
         product: Tensor = matmul_kernel(rows_MK, scale_M, weight, col_scale_N, by_columns, dtype)
         return product
-    sums_MN = torch._int_mm(rows_MK, weight if by_columns else weight.T).float()
+    sums_MN = _sums(rows_MK, weight if by_columns else weight.T).float()
     sums_MN.mul_(scale_M[:, None])
     return (sums_MN if col_scale_N is None else sums_MN.mul_(col_scale_N)).to(dtype)
+
+
+def _sums(rows_MK: Tensor, weight_KN: Tensor) -> Tensor:
+    if rows_MK.dtype == torch.int8:
+        return torch._int_mm(rows_MK, weight_KN)
+    shifted_MK = (rows_MK.short() - 128).to(torch.int8)  # torch multiplies signed numbers only
+    return torch._int_mm(shifted_MK, weight_KN).add_(weight_KN.sum(dim=0, dtype=torch.int32), alpha=128)
+
+
+def matmul_into_(out_MN: Tensor, rows: Rows, weight_NK: Tensor, col_scale_N: Tensor, uses_kernel: bool) -> Tensor:
+    """Write the product of rows with a weight stored by rows to `out_MN` (contiguous) and return it."""
+    if uses_kernel:
+        matmul_kernel_(out_MN, *rows, weight_NK, col_scale_N, False, False)
+        return out_MN
+    return out_MN.copy_(matmul(rows, weight_NK, col_scale_N, out_MN.dtype, False))
 
 
 def add_matmul_(out_MN: Tensor, rows: Rows, weight_KN: Tensor, uses_kernel: bool) -> Tensor:
     """Add the product of rows with a weight stored by columns to `out_MN` (contiguous) and return it."""
     if uses_kernel:
-        matmul_kernel_(out_MN, *rows, weight_KN, None, True)
+        matmul_kernel_(out_MN, *rows, weight_KN, None, True, True)
         return out_MN
     return out_MN.add_(matmul(rows, weight_KN, None, torch.float32, False, by_columns=True))

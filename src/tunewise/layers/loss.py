@@ -22,11 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tunewise.layers.fused import cross_entropy_
 from tunewise.layers.head import CausalHead
+from tunewise.layers.narrow_head import NarrowHead
 from tunewise.layers.native import SUFFIXES as KERNEL_DTYPES
 from tunewise.workload.batches import IGNORED
 
 KERNEL_TOKENS = 256
-"""At most so many rows of logits for the compiled kernel: products are as fast, and a 49k vocabulary takes 25 MB."""
+"""At most so many rows of logits for the compiled kernel: products are as fast, and a 49k vocabulary takes 25 MB. Not
+where the head is trained: there every chunk adds a gradient of its weight to the others'."""
 
 
 def whole_loss(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
@@ -42,6 +44,7 @@ def supervised_loss(
     num_supervised: int,
     chunk_tokens: int = 1024,
     use_kernel: bool = False,
+    narrow: NarrowHead | None = None,
 ) -> Tensor:
     """Return the same sum as `whole_loss` of the head's logits.
 
@@ -54,6 +57,8 @@ def supervised_loss(
         chunk_tokens: logits are made for so many tokens at once.
         use_kernel: take the compiled kernel for cross entropy (CPU, fp32 or bf16, no softcap), which works in the
             logits' own memory and dtype.
+        narrow: make logits and their gradients in 8 bits, where a gradient is wanted: what is only measured is
+            measured exactly. For a head that is a frozen `nn.Linear`, without softcap.
     """
     labels_N = labels_RL.flatten()
     index_T = torch.nonzero_static(labels_N != IGNORED, size=num_supervised).squeeze(1)
@@ -65,7 +70,7 @@ def supervised_loss(
     if not torch.is_grad_enabled():
         return _loss_only(hidden_TD, labels_T, head, chunk_tokens)
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden_TD, output.weight, output.bias, labels_T, head.scale, head.softcap, chunk_tokens, use_kernel
+        hidden_TD, output.weight, output.bias, labels_T, head.scale, head.softcap, chunk_tokens, use_kernel, narrow
     )
     return loss
 
@@ -115,6 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk_tokens: int,
         use_kernel: bool,
+        narrow: NarrowHead | None,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         device_type, wide = hidden_TD.device.type, _wide(hidden_TD.dtype)
@@ -129,12 +135,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             bias = None if bias_V is None else bias_V.to(compute)
             in_kernel = use_kernel and softcap is None and hidden_TD.is_cpu and compute in KERNEL_DTYPES
             room = None
-            if in_kernel:
-                chunk_tokens = min(chunk_tokens, KERNEL_TOKENS)
+            if in_kernel or narrow is not None:
+                chunk_tokens = chunk_tokens if needs_weight else min(chunk_tokens, KERNEL_TOKENS)
                 room = hidden_TD.new_empty(min(chunk_tokens, len(labels_T)), len(weight), dtype=compute)
             for start in range(0, len(labels_T), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
                 hidden_CD = hidden_TD[part].to(compute)
+                if narrow is not None and room is not None:
+                    loss, grad_CD = narrow.loss_and_gradient(
+                        hidden_CD, labels_T[part], (weight, bias), scale, room[: len(hidden_CD)], in_kernel
+                    )
+                    total += loss
+                    if hidden_grad is not None:
+                        hidden_grad[part] = grad_CD
+                    continue
                 if room is not None:
                     grad_CV = _product(hidden_CD, weight, bias, room[: len(hidden_CD)])
                     loss = cross_entropy_(grad_CV, labels_T[part], scale).sum()
@@ -163,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if part is None else part.mul_(grad).to(dtype)
             for part, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _product(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, room_CV: Tensor) -> Tensor:

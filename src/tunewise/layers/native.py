@@ -23,7 +23,10 @@ from torch import Tensor
 
 from tunewise.errors import Conflict
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels_int8.cpp", "kernels_attention.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("kernels", "kernels_rounding", "kernels_int8", "kernels_attention")
+)
 HEADERS = (Path(__file__).with_name("numbers.h"),)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")

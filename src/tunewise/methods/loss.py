@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tunewise.errors import Conflict
 from tunewise.layers.head import CausalHead
 from tunewise.layers.loss import supervised_loss, whole_loss
+from tunewise.layers.narrow_head import NarrowHead
 from tunewise.methods.method import Loss, Run
+from tunewise.methods.quantization import Quantize
 from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
+from tunewise.units import format_bytes
 from tunewise.workload.batches import MicroBatch
 
 
@@ -64,9 +68,13 @@ class SupervisedLoss(Method):
         """Set the loss.
 
         Raises:
-            Conflict: the model's head computes something that we do not know.
+            Conflict: the model's head computes something that we do not know, or should be multiplied in 8 bits and
+                cannot.
         """
-        run.loss = loss_of_supervised(verified_head(run), self.chunk_tokens)
+        head = verified_head(run)
+        quantize = run.recipe.get(Quantize)
+        narrow = _narrow(run, head) if quantize is not None and quantize.head_compute == "int8" else None
+        run.loss = loss_of_supervised(head, self.chunk_tokens, narrow)
 
 
 def verified_head(run: Run) -> CausalHead:
@@ -82,14 +90,33 @@ def verified_head(run: Run) -> CausalHead:
     return head
 
 
-def loss_of_supervised(head: CausalHead, chunk_tokens: int) -> Loss:
+def _narrow(run: Run, head: CausalHead) -> NarrowHead:
+    """Return a copy of the head in 8 bits.
+
+    Raises:
+        Conflict: the head is trained, caps its logits, or is no plain linear layer.
+    """
+    output = head.output
+    if type(output) is not nn.Linear or head.softcap is not None:
+        raise Conflict(
+            "quantize.head_compute: int8 needs an output head that is a plain linear layer, with logits that nothing "
+            "caps. Leave it out."
+        )
+    if any(parameter.requires_grad for parameter in output.parameters()):
+        raise Conflict("quantize.head_compute: int8 needs an output head that is not trained. Leave it out.")
+    narrow = NarrowHead.of(output)
+    run.say(f"output head multiplied in 8 bits, with a copy of it: {format_bytes(narrow.stored_bytes)}")
+    return narrow
+
+
+def loss_of_supervised(head: CausalHead, chunk_tokens: int, narrow: NarrowHead | None = None) -> Loss:
     """Return the loss over supervised positions only."""
 
     def supervised(run: Run, batch: MicroBatch) -> Tensor:
         mask_R1LL = run.documents.mask(batch.input_ids_RL)
         hidden_RLD = head.hidden(run.model, batch.input_ids_RL, batch.position_ids_RL, mask_R1LL)
         return supervised_loss(
-            hidden_RLD, batch.labels_RL, head, batch.num_supervised, chunk_tokens, run.uses_loss_kernel
+            hidden_RLD, batch.labels_RL, head, batch.num_supervised, chunk_tokens, run.uses_loss_kernel, narrow
         )
 
     return supervised

@@ -10,6 +10,7 @@ from tunewise.layers.linear import output_head
 from tunewise.layers.lora import lora_layers
 from tunewise.layers.padding import pad_rank, pad_vocabulary
 from tunewise.methods.method import Run
+from tunewise.methods.quantization import Quantize
 from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
 
 
@@ -48,6 +49,12 @@ class Pad(Method):
             return "pad.length is for unpacked rows; set packing.pad_to instead and leave pad.length out"
         if any(method.name == "peft" for method in recipe.methods or ()):
             return "pad changes the sizes of our own layers, not of peft's; leave pad out"
+        quantize = recipe.get(Quantize)
+        if self.vocabulary is not None and quantize is not None and quantize.head_compute == "int8":
+            return (
+                "pad.vocabulary would change the head of which quantize.head_compute multiplies a copy; set "
+                "pad.vocabulary to null"
+            )
         nested = next((method.name for method in recipe.methods or () if method.name in ("dylora", "qalora")), None)
         if self.rank is not None and nested is not None:
             return f"pad.rank would add ranks that {nested} draws or shapes in its own way; set pad.rank to null"

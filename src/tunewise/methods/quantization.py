@@ -61,7 +61,11 @@ class Quantize(Method):
             SwitchBack), up to twice as fast as bf16 where the processor has AVX-512 VNNI and 'fused' compiles its
             kernels; "fp8" (with kind fp8) does the same in E4M3, for the tensor cores of Ada, Hopper and later cards,
             with precision bf16; a CPU computes it no faster than fp32. What an adapter computes itself keeps its
-            precision, and an output head is unpacked: its gradient rounds badly.
+            precision, and so does an output head (a packed one is unpacked), see `head_compute`.
+        head_compute: "dense" computes the loss with the output head as it is; "int8" (with compute int8) makes its
+            logits and the gradient of the hidden states in 8 bits as well, with a copy of the head's weight for it.
+            Probabilities, most of which are smaller than half a step of their row, are rounded up or down at random,
+            right on average. What is only measured (a validation loss) is measured with the head itself.
         skip_modules: name endings of layers that keep their precision; "lm_head" means the output head.
     """
 
@@ -73,6 +77,7 @@ class Quantize(Method):
     double_quant: bool | None = None
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = None
     compute: Compute = "dequantize"
+    head_compute: Literal["dense", "int8"] = "dense"
     skip_modules: tuple[str, ...] = (HEAD,)
 
     @model_validator(mode="after")
@@ -84,6 +89,10 @@ class Quantize(Method):
                 f"compute: {self.compute} multiplies weights that are stored so, and {self.kind} has other ones; use "
                 f"kind: {self.compute}"
             )
+        if self.head_compute == "int8" and self.compute != "int8":
+            raise ValueError("head_compute: int8 goes with compute: int8")
+        if self.head_compute == "int8" and HEAD not in self.skip_modules:
+            raise ValueError(f"head_compute: int8 multiplies a copy of the head; leave '{HEAD}' in skip_modules")
         if self.kind in GROUP_KINDS and self.double_quant is not None:
             raise ValueError(f"'double_quant' belongs to nf4 and fp4; {self.kind} keeps its scales as they are")
         return self
@@ -92,6 +101,9 @@ class Quantize(Method):
         """A packed weight cannot be trained, so something else must be."""
         if not recipe.in_slot(Slot.ADAPTER):
             return "quantize packs the weights, so full fine-tuning cannot train them; add 'lora' to the recipe"
+        others = [method.name for method in recipe.in_slot(Slot.LOSS) if method.name != "supervised_loss"]
+        if self.head_compute == "int8" and others:
+            return f"quantize.head_compute: int8 is for supervised_loss, and this recipe has {others[0]}; leave it out"
         return None
 
     def apply(self, run: Run) -> None:

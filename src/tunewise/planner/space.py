@@ -202,7 +202,7 @@ def axes(config: PretrainedConfig, machine: Machine, base: Recipe, wishes: Wishe
     kind = default_attention_kind(AutoModelForCausalLM._model_mapping[type(config)], config)
     kinds: tuple[AttentionKind, ...] = (kind, "sdpa") if kind == "per_document" else (kind,)
     found: dict[Axis, list[Option]] = {
-        "tuning": _tunings(machine, base),
+        "tuning": _tunings(config, machine, base),
         "precision": [*half, *pure, FP32],
         "checkpointing": [KEPT, SELECTIVE, EVERY_2ND, ALL_BLOCKS],
         "optimizer": _optimizers(),
@@ -220,24 +220,28 @@ def axes(config: PretrainedConfig, machine: Machine, base: Recipe, wishes: Wishe
     return {axis: tuple(options) for axis, options in found.items()}
 
 
-def narrow_products(machine: Machine, base: Recipe) -> Quantize | None:
+def narrow_products(config: PretrainedConfig, machine: Machine, base: Recipe) -> Quantize | None:
     """Return the frozen weights in 8 bits whose products this machine makes faster than those in 16, if any.
 
-    int8 on a CPU, with the compiled kernels of `base`, where that rate was measured; FP8 on a CUDA device of NVIDIA's.
+    int8 on a CPU, with the compiled kernels of `base`, where that rate was measured, and the output head's products too
+    unless the model caps its logits; FP8 on a CUDA device of NVIDIA's.
     """
     kind: Literal["int8", "fp8"] = "int8" if machine.kind == "cpu" else "fp8"
     can_have = base.get(Fused) is not None if machine.kind == "cpu" else machine.kind == "cuda" and not machine.is_amd
     if not can_have or kind not in machine.flops_per_second:
         return None
     wider = max(machine.achievable_flops(dtype) for dtype in machine.flops_per_second if dtype not in ("int8", "fp8"))
-    return Quantize(kind=kind, compute=kind) if machine.achievable_flops(kind) > wider else None
+    if machine.achievable_flops(kind) <= wider:
+        return None
+    caps = getattr(config.get_text_config(), "final_logit_softcapping", None) is not None
+    return Quantize(kind=kind, compute=kind, head_compute="int8" if kind == "int8" and not caps else "dense")
 
 
-def _tunings(machine: Machine, base: Recipe) -> list[Option]:
+def _tunings(config: PretrainedConfig, machine: Machine, base: Recipe) -> list[Option]:
     if base.objective == "pretrain":
         return [FULL]
     options = [FULL, LORA, LORA_NF4, LORA_INT8]
-    quantize = narrow_products(machine, base)
+    quantize = narrow_products(config, machine, base)
     if quantize is not None:  # not instead of LoRA to save memory: it is there to be faster
         label = "LoRA, products in int8" if quantize.compute == "int8" else "LoRA, products in FP8"
         methods = (LoRA(), quantize)

@@ -344,7 +344,7 @@ def test_products_in_8_bits_are_shown_and_not_chosen(monkeypatch: pytest.MonkeyP
     assert (last.role, last.label) == ("beyond", f"{findings.chosen} + products in 8 bits")
     assert done.space.recipe(done.winner).get(Quantize) is None
     assert "a step takes 0.80 times as long" in findings.sentences[-1]
-    assert "quantize: {kind: int8, compute: int8}" in findings.sentences[-1]
+    assert "quantize: {kind: int8, compute: int8, head_compute: int8}" in findings.sentences[-1]
 
 
 @pytest.mark.parametrize(

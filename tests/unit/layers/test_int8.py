@@ -77,6 +77,29 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unsigned_rows_that_do_not_follow_each_other(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(5)
+    rows_MK = torch.randint(0, 256, (m, 3 * k), dtype=torch.uint8, generator=generator)[:, k : 2 * k]
+    scale_M, weight_NK = drawn(m, seed=6).abs(), weight_of_8_bits(n, k)
+    exact_MN = scale_M.double()[:, None] * (rows_MK.double() @ weight_NK.double().T)
+    for by_columns in (False, True):
+        weight = weight_NK.T.contiguous() if by_columns else weight_NK
+        for uses_kernel in (True, False):
+            found_MN = matmul((rows_MK, scale_M), weight, None, dtype, uses_kernel, by_columns=by_columns)
+            assert_close(found_MN, exact_MN.to(dtype), 1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@needs_compiler
+def test_a_weight_of_other_sizes_is_an_error() -> None:
+    rows = quantize_rows(drawn(3, 8), True)
+    with pytest.raises(ValueError, match=r"the weight is \(5, 9\), and these rows and outputs need \(5, 8\)"):
+        matmul(rows, weight_of_8_bits(5, 9), None, torch.float32, True)
+
+
+@needs_compiler
 def test_a_processor_without_vnni_computes_the_same(tmp_path: Path) -> None:
     compiler = native.compiler()
     assert compiler is not None
@@ -87,10 +110,12 @@ def test_a_processor_without_vnni_computes_the_same(tmp_path: Path) -> None:
     function.restype = None
     x_MK, weight_NK, out_MN = drawn(13, 71), weight_of_8_bits(66, 71), torch.zeros(13, 66)
     rows_MK, scale_M = quantize_rows(x_MK, False)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (rows_MK, scale_M, weight_NK)]
-    numbers = [ctypes.c_int64(number) for number in (13, 66, 71, 0, 0)]
-    function(*pointers, None, ctypes.c_void_p(out_MN.data_ptr()), *numbers)
-    assert_close(out_MN, matmul((rows_MK, scale_M), weight_NK, None, torch.float32, False), 1e-6)
+    for rows in (rows_MK, rows_MK.abs().to(torch.uint8)):
+        address, scale, weight, out = (ctypes.c_void_p(t.data_ptr()) for t in (rows, scale_M, weight_NK, out_MN))
+        kind = (ctypes.c_int64(rows.dtype == torch.uint8), ctypes.c_int64(71))
+        numbers = [ctypes.c_int64(number) for number in (13, 66, 71, 0, 0)]
+        function(address, *kind, scale, weight, None, out, *numbers)
+        assert_close(out_MN, matmul((rows, scale_M), weight_NK, None, torch.float32, False), 1e-6)
 
 
 def make_layer(inputs: int, outputs: int, bias: bool = False, uses_kernel: bool = False) -> Int8ProductLinear:

@@ -208,6 +208,7 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     ledger.need(
         "quantize.compute", "dequantize", otherwise="bitsandbytes' LLM.int8 keeps columns of outliers in 16 bits"
     )
+    ledger.need("quantize.head_compute", "dense", otherwise="axolotl computes the loss with the head as it is")
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     skipped = list(ledger.take("quantize.skip_modules", "bnb_config_kwargs: llm_int8_skip_modules"))
     if quantize.kind in ("int8", "fp8"):

@@ -208,6 +208,7 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     ledger.need(
         "quantize.compute", "dequantize", otherwise="bitsandbytes' LLM.int8 keeps columns of outliers in 16 bits"
     )
+    ledger.need("quantize.head_compute", "dense", otherwise="LLaMA-Factory computes the loss with the head as it is")
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     ledger.need("quantize.skip_modules", (HEAD,), otherwise="LLaMA-Factory leaves out the output head only")
     written: dict[str, Any] = {"quantization_method": "bnb"}

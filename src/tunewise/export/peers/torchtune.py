@@ -114,6 +114,7 @@ def _model(ledger: Ledger, recipe: Recipe, builder: Builder) -> dict[str, Any]:
             ledger.miss("quantize.kind", "torchtune has NF4 only (torchao's); written as that")
         ledger.need("quantize.double_quant", None, True, otherwise="torchtune quantizes the scales too")
         ledger.need("quantize.compute", "dequantize", otherwise="torchtune multiplies with the unpacked weights")
+        ledger.need("quantize.head_compute", "dense", otherwise="torchtune computes the loss with the head as it is")
         ledger.need("quantize.block_size", None, 64, otherwise="torchtune's blocks are 64 weights long")
         ledger.need("quantize.skip_modules", (HEAD,), otherwise="torchtune quantizes the layers that have an adapter")
         written["quantize_base"] = True

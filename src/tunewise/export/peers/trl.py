@@ -186,6 +186,7 @@ def _quantization(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     ledger.need(
         "quantize.compute", "dequantize", otherwise="bitsandbytes' LLM.int8 keeps columns of outliers in 16 bits"
     )
+    ledger.need("quantize.head_compute", "dense", otherwise="TRL computes the loss with the head as it is")
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     ledger.need("quantize.skip_modules", (HEAD,), otherwise="TRL's command leaves out the output head only")
     if quantize.kind in ("int8", "fp8"):

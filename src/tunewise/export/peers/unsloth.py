@@ -167,6 +167,7 @@ def _four_bits(ledger: Ledger, recipe: Recipe) -> bool:
         ledger.miss("quantize.kind", "unsloth train has NF4 only; written as that")
     ledger.need("quantize.double_quant", None, True, otherwise="unsloth train quantizes the scales too")
     ledger.need("quantize.compute", "dequantize", otherwise="unsloth train multiplies with the unpacked weights")
+    ledger.need("quantize.head_compute", "dense", otherwise="Unsloth computes the loss with the head as it is")
     ledger.need("quantize.block_size", None, 64, otherwise="bitsandbytes' blocks in transformers are 64 weights long")
     ledger.need("quantize.skip_modules", (HEAD,), otherwise="Unsloth chooses what to leave out itself")
     return True
