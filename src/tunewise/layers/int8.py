@@ -6,8 +6,8 @@ Symmetric, rounded to nearest, each row by its largest number; as LLM.int8 witho
 2022, arXiv 2208.07339) and, with the input's gradient made in the same way, SwitchBack (Wortsman et al. 2023, arXiv
 2304.13013), which keeps the weight's gradient in 16 bits: here it is LoRA's, and so does it.
 
-Every function has a kernel (`kernels_int8.cpp`, `kernels_rounding.cpp`) and a plain twin; `uses_kernel` says which. In the dtype of the result
-they differ by rounding only.
+Every function has a kernel (`kernels_int8.cpp`, `kernels_rounding.cpp`) and a plain twin; `uses_kernel` says which. In
+the dtype of the result they differ by rounding only.
 
 Shape suffixes: M rows, N outputs, K inputs.
 """
