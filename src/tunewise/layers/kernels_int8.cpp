@@ -13,8 +13,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <type_traits>
-#include <vector>
 
 #include <omp.h>
 
@@ -32,6 +33,26 @@ constexpr int64_t BLOCK_ROWS = 126;     // rows that a thread takes with a panel
 constexpr int64_t DEPTH = 4096;         // inputs of a panel: it lies in a core's own cache, and its sums in int32
 constexpr int64_t PARTIAL_ROWS = 1024;  // rows at once where sums of several panels are kept in fp32
 constexpr int64_t ROOM = 4 << 20;       // bytes of panels that are made ready at once
+
+// Memory that a calling thread keeps from call to call, not cleared: new pages cost a twentieth of a product.
+template <class T>
+class Room {
+ public:
+  T* of(int64_t count) {
+    if (count > held_) {
+      memory_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
+      held_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> memory_;
+  int64_t held_ = 0;
+};
 
 #ifdef __AVX512VNNI__
 // 16 rows of 16 groups of four numbers become 16 rows of what were columns, `apart` bytes from each other.
@@ -215,7 +236,7 @@ template <class A>
 struct Operands {
   const A* a;
   int64_t lda, K;
-  const int32_t* shift;  // of the rows from `first_m` on
+  const int32_t* shift;  // of the rows from `first_m` on, where they are signed
   int64_t first_m;
 };
 
@@ -224,8 +245,10 @@ inline void rows_with_panel(const Operands<A>& of, const uint8_t* panel, int64_t
                             const Result<S>& result) {
   alignas(64) int32_t sums[R * COLS];
   sums_of<R>(of.a + m * of.lda, of.lda, panel, of.K, sums);
-  for (int r = 0; r < R; ++r)
-    finish(sums + r * COLS, of.shift[m - of.first_m + r], m + r, m - of.first_m + r, n, held, result);
+  for (int r = 0; r < R; ++r) {
+    const int32_t shift = std::is_signed_v<A> ? of.shift[m - of.first_m + r] : 0;
+    finish(sums + r * COLS, shift, m + r, m - of.first_m + r, n, held, result);
+  }
 }
 
 template <class A, class S>
@@ -251,19 +274,20 @@ void matmul(const A* a, int64_t lda, const float* row_scale, const int8_t* weigh
   const int64_t rows = pieces > 1 ? std::min(M, PARTIAL_ROWS) : M;
   const int64_t panel_bytes = (std::min(K, DEPTH) + 3) / 4 * 4 * COLS;
   const int64_t panels_at_once = std::clamp<int64_t>(ROOM / panel_bytes, 1, panels);
-  std::vector<uint8_t> held_panels(panels_at_once * panel_bytes + 64);
-  uint8_t* ready = held_panels.data() + (64 - reinterpret_cast<uintptr_t>(held_panels.data()) % 64) % 64;
-  std::vector<float> partial(pieces > 1 ? rows * N : 0);
-  std::vector<int32_t> shift(rows, 0);
+  static thread_local Room<uint8_t> panel_room;
+  static thread_local Room<float> partial_room;
+  static thread_local Room<int32_t> shift_room;
+  uint8_t* ready = panel_room.of(panels_at_once * panel_bytes);
+  float* partial = pieces > 1 ? partial_room.of(rows * N) : nullptr;
+  int32_t* shift = shift_room.of(rows);
 #pragma omp parallel
   for (int64_t first_m = 0; first_m < M; first_m += rows) {
     const int64_t end_m = std::min(M, first_m + rows), blocks = (end_m - first_m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t even = (end_m - first_m + blocks - 1) / blocks, block_rows = (even + ROWS - 1) / ROWS * ROWS;
     for (int64_t k = 0; k < K; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, K - k);
-      const Result<S> result{out, pieces > 1 ? partial.data() : nullptr, row_scale, col_scale, k == 0,
-                             k + DEPTH >= K, adds, N};
-      const Operands<A> of{a + k, lda, depth, shift.data(), first_m};
+      const Result<S> result{out, partial, row_scale, col_scale, k == 0, k + DEPTH >= K, adds, N};
+      const Operands<A> of{a + k, lda, depth, shift, first_m};
       if constexpr (std::is_signed_v<A>) {
 #pragma omp for schedule(static)
         for (int64_t m = first_m; m < end_m; ++m) {
