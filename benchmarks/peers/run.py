@@ -2,6 +2,7 @@
 
     python benchmarks/peers/run.py --workload short --method lora --peers all --json peers_short_lora.json
     python benchmarks/peers/run.py --workload long --method lora --peers trl-best,litgpt --json peers_long_lora.json
+    python benchmarks/peers/run.py --workload long --method lora --size 360M --peers none --nf4 --json qlora_lora.json
 
 Every tool trains once on the same records in a process of its own, as often as there are `--turns`: A B C A B C.
 Counted are real tokens (padding is none) in a step's seconds without the first step; the peak resident size above a
@@ -31,9 +32,11 @@ from benchmarks.peers.environments import python_of, torch_only_bytes
 
 SIDES = Path(__file__).with_name("side")
 OURS = "tunewise"
-OURS_INT8 = "tunewise-int8"
-INT8 = {"quantize": {"kind": "int8", "compute": "int8", "head_compute": "int8"}}
-"""What the second entry of ours adds: a base in int8, multiplied in 8 bits, and so the head: see its loss."""
+MORE_OF_OURS: dict[str, dict[str, Any]] = {
+    "int8": {"quantize": {"kind": "int8", "compute": "int8", "head_compute": "int8"}},
+    "nf4": {"quantize": {"kind": "nf4"}},
+}
+"""What further entries of ours add to method lora: base and head multiplied in 8 bits; QLoRA. See their loss."""
 
 PEERS: dict[str, tuple[str, str]] = {
     "trl-default": ("trl", "huggingface.py"),
@@ -89,7 +92,7 @@ def run_side(name: str, setting: dict[str, Any], cache: Path) -> dict[str, Any]:
         return {"problem": str(error)}
     with tempfile.TemporaryDirectory() as work:
         told, answer = Path(work) / "setting.json", Path(work) / "result.json"
-        methods = setting["methods"] | (INT8 if name == OURS_INT8 else {})
+        methods = setting["methods"] | MORE_OF_OURS.get(name.removeprefix(f"{OURS}-"), {})
         told.write_text(json.dumps({**setting, "methods": methods, "peer": name}))
         command = [str(python), str(SIDES / script), str(told), str(answer)]
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -128,11 +131,16 @@ def summarize(pieces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "validation_loss": round(statistics.median(run["validation_loss"] for run in good), 4),
             "version": good[-1]["version"],
         }
-    own = {name: tools[name] for name in (OURS, OURS_INT8) if name in tools and "problem" not in tools[name]}
-    peers = {name: tool for name, tool in tools.items() if name not in (OURS, OURS_INT8) and "problem" not in tool}
+    peers = {name: tool for name, tool in tools.items() if name in PEERS and "problem" not in tool}
     ours = tools.get(OURS, {"problem": "not run"})
     summary: dict[str, Any] = {"tools": tools}
-    if not peers or "problem" in ours:
+    if "problem" in ours:
+        return summary
+    for kind in MORE_OF_OURS:
+        own = tools.get(f"{OURS}-{kind}", {"problem": "not run"})
+        if "problem" not in own:
+            summary[kind] = _beside(own, ours, peers)
+    if not peers:
         return summary
     fastest = max(peers, key=lambda name: peers[name]["tokens_per_second"])
     leanest = min(peers, key=lambda name: peers[name]["memory_bytes"])
@@ -146,22 +154,30 @@ def summarize(pieces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
     if DEFAULT in peers:
         summary["ratio_vs_default"] = round(speed / peers[DEFAULT]["tokens_per_second"], 2)
-    if OURS_INT8 in own:
-        summary["int8"] = _of_int8(own[OURS_INT8], peers, fastest)
     return summary
 
 
-def _of_int8(ours: dict[str, Any], peers: dict[str, dict[str, Any]], fastest: str) -> dict[str, float]:
-    """The same ratios for our entry with products in 8 bits, and how far its loss is from the fastest peer's."""
-    names = {"ratio_vs_best": fastest, "ratio_vs_default": DEFAULT}
-    speed = ours["tokens_per_second"]
-    found = {key: round(speed / peers[n]["tokens_per_second"], 2) for key, n in names.items() if n in peers}
-    return found | {"loss_gap": round(ours["validation_loss"] - peers[fastest]["validation_loss"], 4)}
+def _beside(own: dict[str, Any], ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """A further entry of ours beside the plain one, the fastest peer and the default: speeds, memory and loss."""
+    fastest = max(peers.values(), key=lambda tool: tool["tokens_per_second"], default=None)
+    leanest = min(peers.values(), key=lambda tool: tool["memory_bytes"], default=None)
+    found = {
+        "speed_vs_ours": own["tokens_per_second"] / ours["tokens_per_second"],
+        "memory_vs_ours": own["memory_bytes"] / ours["memory_bytes"],
+        "loss_vs_ours": own["validation_loss"] - ours["validation_loss"],
+    }
+    if fastest is not None and leanest is not None:
+        found["ratio_vs_best"] = own["tokens_per_second"] / fastest["tokens_per_second"]
+        found["memory_vs_leanest"] = own["memory_bytes"] / leanest["memory_bytes"]
+        found["loss_gap"] = own["validation_loss"] - fastest["validation_loss"]
+    if DEFAULT in peers:
+        found["ratio_vs_default"] = own["tokens_per_second"] / peers[DEFAULT]["tokens_per_second"]
+    return {name: round(number, 4) for name, number in found.items()}
 
 
 def main(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    chosen = list(PEERS) if arguments.peers == "all" else arguments.peers.split(",")
+    chosen = {"all": list(PEERS), "none": []}.get(arguments.peers, arguments.peers.split(","))
     unknown = [name for name in chosen if name not in PEERS]
     if unknown:
         sys.exit(f"there is no peer '{unknown[0]}'; there are {', '.join(PEERS)}")
@@ -175,7 +191,7 @@ def main(arguments: argparse.Namespace) -> int:
         result = before
     pieces: dict[str, list[dict[str, Any]]] = result["pieces"]
     for turn in range(arguments.turns):
-        for name in (OURS, *([OURS_INT8] if arguments.int8 else []), *chosen):
+        for name in (OURS, *(f"{OURS}-{kind}" for kind in MORE_OF_OURS if getattr(arguments, kind)), *chosen):
             runs = pieces.setdefault(name, [])
             if len(runs) > turn or (runs and "problem" in runs[-1]):
                 continue
@@ -202,10 +218,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=problem.WORKLOADS, default="short")
     parser.add_argument("--method", choices=("lora", "qlora", "full", "scratch"), default="lora")
-    parser.add_argument("--peers", default="all", help="all, or names with commas: " + ", ".join(PEERS))
+    parser.add_argument("--peers", default="all", help="all, none, or names with commas: " + ", ".join(PEERS))
     parser.add_argument("--size", choices=problem.SIZES, default="70M")
     parser.add_argument("--methods", default='{"fused": {}}', help="JSON: methods added to our recipe")
-    parser.add_argument("--int8", action="store_true", help="also our entry with products in 8 bits (method lora)")
+    for kind in MORE_OF_OURS:
+        parser.add_argument(f"--{kind}", action="store_true", help=f"method lora: also our entry over {kind}")
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--turns", type=int, default=2)

@@ -57,12 +57,12 @@ def train(setting: dict[str, Any], steps: record.Steps) -> tuple[Any, str]:
     torch.manual_seed(0)
     with fabric.init_module():
         model: Any = LoRAModel(LoRAConfig(**options(folder), **adapters)) if is_lora else GPT(Config(**options(folder)))
-    if setting["method"] != "scratch":
-        weights = load_file(folder / "model.safetensors")
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-        converted: dict[str, Any] = {}
-        copy_weights_hf_llama(model.config, {}, converted, weights)
-        model.load_state_dict(converted, strict=False)
+    # From scratch too: the folder's weights are random, and LitGPT draws its own so that tied heads have a loss of 168.
+    weights = load_file(folder / "model.safetensors")
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    converted: dict[str, Any] = {}
+    copy_weights_hf_llama(model.config, {}, converted, weights)
+    model.load_state_dict(converted, strict=False)
     model.lm_head.weight = model.transformer.wte.weight  # tied, as in the model of the setting
     if is_lora:
         mark_only_lora_as_trainable(model)

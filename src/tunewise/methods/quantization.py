@@ -134,6 +134,8 @@ class Quantize(Method):
             run.model.set_submodule(name, packed)
             if run.streamer is not None:
                 run.streamer.park_inside(name, packed)
+        if run.device.type == "cpu" and run.streamer is None:
+            _leave_the_file(run.model)
         multiplied = {"int8": ", multiplied in 8 bits", "fp8": ", multiplied in FP8"}.get(self.compute, "")
         sizes = f"{format_bytes(before)} -> {format_bytes(after)}"
         run.say(f"{self.kind} weights in {len(layers)} linear layers{multiplied}: {sizes}")
@@ -172,6 +174,17 @@ class Quantize(Method):
             for name, layer in layers.items()
             if not any(name == skip or name.startswith(skip + ".") for skip in skipped)
         }
+
+
+@torch.no_grad()
+def _leave_the_file(model: nn.Module) -> None:
+    """Give what was not packed memory of its own.
+
+    Weights are read as parts of a file that is mapped as a whole: one of them keeps all pages that were read in the
+    process, those of the packed weights too.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _check_fp8(run: Run, layers: dict[str, nn.Module]) -> None:

@@ -4,6 +4,7 @@ refusals."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.unit.architectures import ARCHITECTURES, tiny_model
 from tests.unit.methods.adapted import disturb, logits, make_recipe, make_run, token_ids
+from tests.unit.tiny_runs import save_model
 from tunewise.errors import Conflict, InputError
 from tunewise.layers.fp8_linear import Fp8ProductLinear
 from tunewise.layers.int8_linear import Int8ProductLinear
@@ -23,6 +25,8 @@ from tunewise.layers.quantized import Fp8Linear, Int8Linear, QuantKind
 from tunewise.methods.freezing import Freeze
 from tunewise.methods.lora import LoRA
 from tunewise.methods.quantization import Quantize
+from tunewise.recipe import ModelSpec
+from tunewise.workload.model import load_config, load_model
 
 pytest.importorskip("bitsandbytes")
 KINDS: tuple[QuantKind, ...] = ("nf4", "fp4", "int8", "fp8")
@@ -115,6 +119,23 @@ def test_products_in_8_bits_need_a_weight_in_8_bits() -> None:
         Quantize(kind="nf4", compute="int8")
     with pytest.raises(ValidationError, match="use kind: fp8"):
         Quantize(kind="int8", compute="fp8")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what the process maps")
+def test_a_packed_model_lets_its_file_go(tmp_path: Path) -> None:
+    """Weights are read as parts of a file that is mapped as a whole, and packed ones would stay in memory with it."""
+    folder = save_model(tmp_path / "model")
+    spec = ModelSpec(name=str(folder))
+    model = load_model(spec, load_config(spec), torch.float32, seed=0)
+    file = str((folder / "model.safetensors").resolve())
+    assert file in Path("/proc/self/maps").read_text()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    run = make_run(model, Quantize(kind="int8"), LoRA(rank=4))
+    del model
+    assert file not in Path("/proc/self/maps").read_text()
+    kept = {name: parameter for name, parameter in run.model.named_parameters() if name in before}
+    assert kept
+    assert all(torch.equal(parameter, before[name]) for name, parameter in kept.items())
 
 
 def test_says_that_experts_keep_their_precision() -> None:
