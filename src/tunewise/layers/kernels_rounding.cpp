@@ -98,7 +98,7 @@ void rounded_cross_entropy(S* logits, const int64_t* labels, const float* col_sc
       row_scale[t] = scale * top / 255.0f * std::exp(-log_of_sum);
       const float steps = top > 0.0f ? 255.0f / top : 0.0f;
       const uint32_t start = start_of(target, t);
-      uint8_t* q = reinterpret_cast<uint8_t*>(logits + t * V);  // is written behind where it is read
+      uint8_t* q = reinterpret_cast<uint8_t*>(logits + t * V);  // all of the row has been read
 #pragma omp simd
       for (int64_t v = 0; v < V; ++v) {
         const float rounded = number[v] * steps + part_of(start, static_cast<uint32_t>(v));
