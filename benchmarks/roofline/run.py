@@ -7,8 +7,8 @@ Ceilings: the fastest bf16 and fp32 matrix products and the copy bandwidth, befo
 Steps: whole steps of a training, timed without any instrument (`step`); then steps under torch's profiler, whose
 shares by phase and operator divide that time (`phases`). A phase is what the model's module computes, forward and
 backward apart: backward work is given to the module whose forward made it (autograd's sequence numbers). FLOPs are
-those that the matrix products of the profiled steps really execute, counted by the profiler from their shapes; by
-token, because steps differ in length."""
+those that the matrix products of the profiled steps really execute, counted by the profiler from their shapes; with
+fewer profiled than timed steps by token, which is wrong where documents are long and differ (attention)."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 def main(arguments: argparse.Namespace) -> int:
     torch.manual_seed(0)
+    profiled = arguments.profiled or arguments.steps
     before = ceilings()
     steps = Steps(plan_of(arguments))
     tokens, seconds = [], []
@@ -135,8 +136,8 @@ def main(arguments: argparse.Namespace) -> int:
         torch.profiler.profile(activities=activities, record_shapes=True, with_flops=True) as p,
     ):
         started = time.perf_counter()
-        profiled_tokens = sum(steps.step() for _ in range(arguments.profiled))
-        profiled_seconds = (time.perf_counter() - started) / arguments.profiled
+        profiled_tokens = sum(steps.step() for _ in range(profiled))
+        profiled_seconds = (time.perf_counter() - started) / profiled
     after = ceilings()
     best = {name: max(before[name], after[name]) for name in before}
     step_seconds = sum(seconds) / len(seconds)
@@ -182,7 +183,7 @@ if __name__ == "__main__":
     parser.add_argument("--row-tokens", type=int, default=None)
     parser.add_argument("--documents", type=int, default=None, help="documents a step")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--profiled", type=int, default=2)
+    parser.add_argument("--profiled", type=int, default=None, help="steps under the profiler; all by default")
     parser.add_argument("--operators", type=int, default=0, help="print so many operators of each phase")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "tunewise-peers" / "models")
     parser.add_argument("--json", type=Path, default=None)
