@@ -61,6 +61,7 @@ BY_DEFINITION = (
     "is saved without it", "masters of its own", "both factors of LoRA", "lets a block's weights go",
     "would not be in peft's files", "are two adapters", "keep fp32 ones besides", "nothing to store",
     "updates of the same layers", "our own layers, not of peft's", "fused compares modules",
+    "head_compute: int8 is for supervised_loss",
 )  # fmt: skip
 """Refusals that no trial can prove: a training goes on without, only not as it was wished.
 
@@ -68,7 +69,8 @@ Two methods in a slot that holds one; a wish about something that is absent; cli
 packed weights that would be trained; streaming where nothing is frozen; an adapter whose base is lost; a pull that the
 optimizer's masters overwrite, or that sees one factor moved and the other not; a streamed block that stays in memory;
 what would be saved only in part (16-bit logits hide a small loss); masters twice; a store for no gradients; two
-updates where a layer holds one; sizes that pad cannot change; modules that fused would compare, if it knew this model.
+updates where a layer holds one; sizes that pad cannot change; modules that fused would compare, if it knew this model;
+a head that another loss would multiply as it is.
 """
 
 Verdict = Literal["trained", "refused", "wrong"]
@@ -237,7 +239,7 @@ def compare_with_plain(
     if any(getattr(method, "dropout", 0.0) for method in recipe.methods or ()):
         return
     kept = tuple(
-        method
+        method.model_copy(update={"head_compute": "dense"}) if isinstance(method, Quantize) else method
         for method in recipe.methods or ()
         if method.slot not in (Slot.DATA, Slot.ATTENTION, Slot.ACTIVATIONS, Slot.LOSS) and method.name != "stream"
     )
