@@ -20,6 +20,9 @@ import torch
 MOST_JOBS = 4
 """Each holds a model, its gradients and a copy of torch: a few gigabytes."""
 
+STOP_SECONDS = 10.0
+"""After an interrupt, before the end: a shell's background jobs and what they start ignore interrupts."""
+
 PROGRAM = "from tunewise.cli import main; main()"
 
 
@@ -81,6 +84,12 @@ def side_by_side(
         finally:
             with lock:
                 is_stopped = True
-                for process in running:
-                    process.send_signal(signal.SIGINT)
+                left = list(running)
+            for process in left:
+                process.send_signal(signal.SIGINT)
+            for process in left:
+                try:
+                    process.wait(STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)

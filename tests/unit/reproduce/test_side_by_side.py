@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tunewise.reproduce import side_by_side as module
 from tunewise.reproduce.side_by_side import side_by_side
 
 CHILD = """
-import json, os, sys, time
+import json, os, signal, sys, time
 folder, name = sys.argv[sys.argv.index("--out") + 1], sys.argv[-1]
 mark = os.path.join(folder, name)
 open(mark + ".begun", "w").write(json.dumps([os.getpid(), os.environ["OMP_NUM_THREADS"], sys.argv[1:]]))
@@ -23,7 +25,10 @@ if name == "bad":
     sys.exit(1)
 while name != "alone" and len([file for file in os.listdir(folder) if file.endswith(".begun")]) < 2:
     time.sleep(0.01)
-if name == "endless":
+if name == "deaf":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    open(mark + ".ready", "w").close()
+if name in ("endless", "deaf"):
     time.sleep(600)
 """
 PROGRAM = (sys.executable, "-c", CHILD)
@@ -59,3 +64,21 @@ def test_a_stop_leaves_no_process(tmp_path: Path) -> None:
         stopped()
     with pytest.raises(ProcessLookupError):
         os.kill(begun(tmp_path, "endless")[0], 0)
+
+
+def test_what_ignores_interrupts_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell's background jobs do, and what they start."""
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
+
+    def stopped() -> None:
+        options = ["--out", str(tmp_path)]
+        with side_by_side(["deaf", "first"], 2, options, lambda line: None, PROGRAM) as ended_well:
+            assert ended_well("first")
+            while not (tmp_path / "deaf.ready").exists():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    with pytest.raises(ProcessLookupError):
+        os.kill(begun(tmp_path, "deaf")[0], 0)
