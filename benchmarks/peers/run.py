@@ -139,13 +139,23 @@ def summarize(pieces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     for kind in MORE_OF_OURS:
         own = tools.get(f"{OURS}-{kind}", {"problem": "not run"})
         if "problem" not in own:
-            summary[kind] = _beside(own, ours, peers)
+            beside = {
+                "speed_vs_ours": own["tokens_per_second"] / ours["tokens_per_second"],
+                "memory_vs_ours": own["memory_bytes"] / ours["memory_bytes"],
+                "loss_vs_ours": own["validation_loss"] - ours["validation_loss"],
+            }
+            summary[kind] = {name: round(number, 4) for name, number in beside.items()} | _beside_peers(own, peers)
+    return summary | _beside_peers(ours, peers)
+
+
+def _beside_peers(ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """An entry of ours against the fastest peer, the leanest and the one with defaults; nothing without peers."""
     if not peers:
-        return summary
+        return {}
     fastest = max(peers, key=lambda name: peers[name]["tokens_per_second"])
     leanest = min(peers, key=lambda name: peers[name]["memory_bytes"])
     speed = ours["tokens_per_second"]
-    summary |= {
+    found = {
         "ratio_vs_best": round(speed / peers[fastest]["tokens_per_second"], 2),
         "fastest_peer": fastest,
         "memory_vs_leanest": round(ours["memory_bytes"] / peers[leanest]["memory_bytes"], 3),
@@ -153,26 +163,8 @@ def summarize(pieces: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "loss_gap": round(ours["validation_loss"] - peers[fastest]["validation_loss"], 4),
     }
     if DEFAULT in peers:
-        summary["ratio_vs_default"] = round(speed / peers[DEFAULT]["tokens_per_second"], 2)
-    return summary
-
-
-def _beside(own: dict[str, Any], ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """A further entry of ours beside the plain one, the fastest peer and the default: speeds, memory and loss."""
-    fastest = max(peers.values(), key=lambda tool: tool["tokens_per_second"], default=None)
-    leanest = min(peers.values(), key=lambda tool: tool["memory_bytes"], default=None)
-    found = {
-        "speed_vs_ours": own["tokens_per_second"] / ours["tokens_per_second"],
-        "memory_vs_ours": own["memory_bytes"] / ours["memory_bytes"],
-        "loss_vs_ours": own["validation_loss"] - ours["validation_loss"],
-    }
-    if fastest is not None and leanest is not None:
-        found["ratio_vs_best"] = own["tokens_per_second"] / fastest["tokens_per_second"]
-        found["memory_vs_leanest"] = own["memory_bytes"] / leanest["memory_bytes"]
-        found["loss_gap"] = own["validation_loss"] - fastest["validation_loss"]
-    if DEFAULT in peers:
-        found["ratio_vs_default"] = own["tokens_per_second"] / peers[DEFAULT]["tokens_per_second"]
-    return {name: round(number, 4) for name, number in found.items()}
+        found["ratio_vs_default"] = round(speed / peers[DEFAULT]["tokens_per_second"], 2)
+    return found
 
 
 def main(arguments: argparse.Namespace) -> int:

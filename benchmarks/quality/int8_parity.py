@@ -4,9 +4,9 @@
 
 Arms: LoRA over the bf16 base; over an int8 base that is unpacked for every product (only the weights are rounded);
 over the same base multiplied in 8 bits (the inputs' rows too, and the gradients'); with the output head multiplied so
-as well (its gradients rounded at random). Every arm starts from the same
-factors and meets the same documents in the same order. Judged are the differences of the validation loss to the first
-arm, seed by seed, against what another seed alone changes."""
+as well (its gradients rounded at random). Every arm starts from the same factors and meets the same documents in the
+same order. Judged are the differences of the validation loss to the first arm, seed by seed, against what another seed
+alone changes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ constexpr int64_t DEPTH = 4096;         // inputs of a panel: it lies in a core'
 constexpr int64_t PARTIAL_ROWS = 1024;  // rows at once where sums of several panels are kept in fp32
 constexpr int64_t ROOM = 4 << 20;       // bytes of panels that are made ready at once
 
-// Memory that a calling thread keeps from call to call, not cleared: new pages cost a twentieth of a product.
+// Memory that a calling thread keeps from call to call, not cleared: new pages cost a hundredth of a product.
 template <class T>
 class Room {
  public:

@@ -30,9 +30,8 @@ _GOLDEN, _MIX, _SCRAMBLE, _WORD = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0xFFFFFFFF
 
 def _round(logits_CV: Tensor, labels_C: Tensor, col_scale_V: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     found = _fake_round(logits_CV, labels_C, col_scale_V, scale)
-    call(
-        "rounded_cross_entropy", logits_CV.dtype, logits_CV, labels_C, col_scale_V, *found, *logits_CV.shape, scale
-    )  # fmt: skip
+    operands = (logits_CV, labels_C, col_scale_V, *found)
+    call("rounded_cross_entropy", logits_CV.dtype, *operands, *logits_CV.shape, scale)
     return found
 
 
@@ -83,7 +82,6 @@ def round_gradient_(
     top_C1 = number_CV.amax(1, keepdim=True)
     number_CV.mul_(torch.where(top_C1 > 0, STEPS / top_C1, 0.0))
     rows_CV = number_CV.add_(_places(target_C1, number_CV.shape[1])).clamp_(max=STEPS).nan_to_num_().to(torch.uint8)
-    rows_CV.scatter_(1, label_C1, 0)
     return rows_CV, (top_C1 * (scale / STEPS)).squeeze(1), scale * torch.expm1(-loss_C), loss_C
 
 
@@ -154,8 +152,9 @@ class NarrowHead:
         matmul_into_(room_CV, quantize_rows(hidden_CD, uses_kernel), self.weight_VD, self.scale_V, uses_kernel)
         if bias_V is not None:
             room_CV.add_(bias_V)
-        *rows, label_grad_C, loss_C = round_gradient_(room_CV, labels_C, self.scale_V, scale, uses_kernel)
-        rows_CV, row_scale_C = rows
+        rows_CV, row_scale_C, label_grad_C, loss_C = round_gradient_(
+            room_CV, labels_C, self.scale_V, scale, uses_kernel
+        )
         grad_CD = matmul((rows_CV, row_scale_C), self.weight_VD, None, hidden_CD.dtype, uses_kernel, by_columns=True)
         grad_CD.addcmul_(weight_VD.index_select(0, labels_C), label_grad_C[:, None].to(grad_CD.dtype))
         return loss_C.sum(), grad_CD

@@ -85,11 +85,15 @@ def side_by_side(
             with lock:
                 is_stopped = True
                 left = list(running)
-            for process in left:
-                process.send_signal(signal.SIGINT)
-            for process in left:
-                try:
-                    process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.terminate()
+            _stop(left)
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()
