@@ -17,9 +17,9 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
 
 from tunewise.layers.blocks import FusedMLP
+from tunewise.layers.document_kernel import pairs_of
 from tunewise.layers.linear import is_linear
 from tunewise.layers.lora import LoRALinear
-from tunewise.layers.short_documents import pairs_of
 
 OUTSIDE = "other"
 INT8_PRODUCTS = {"tunewise::int8_matmul": 0, "tunewise::int8_matmul_": 1}
@@ -27,7 +27,7 @@ INT8_PRODUCTS = {"tunewise::int8_matmul": 0, "tunewise::int8_matmul_": 1}
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "tunewise::quantize_rows", *INT8_PRODUCTS}
 """Operators that are linear layers' work wherever they stand, but for the loss."""
-SHORT_DOCUMENTS = {"tunewise::document_attention_": (5, 2), "tunewise::document_attention_backward_": (8, 5)}
+DOCUMENT_ATTENTION = {"tunewise::document_attention_": (6, 2), "tunewise::document_attention_backward_": (10, 5)}
 """Where the documents' counts stand among the operands, and how many products a pair of query and key goes through."""
 
 _BACKWARD = "autograd::engine::evaluate_function"
@@ -150,10 +150,10 @@ def _flops(event: Any) -> float:
         first = INT8_PRODUCTS[event.name]
         (rows, _), (one, other) = event.input_shapes[first], event.input_shapes[first + 2]
         return 2.0 * rows * one * other
-    if event.name in SHORT_DOCUMENTS:
-        first, products = SHORT_DOCUMENTS[event.name]
-        counts, lengths, heads, _, size = event.concrete_inputs[first : first + 5]
-        return 2.0 * pairs_of(counts, lengths) * heads * size * products
+    if event.name in DOCUMENT_ATTENTION:
+        first, products = DOCUMENT_ATTENTION[event.name]
+        counts, lengths, heads, _, size, window = event.concrete_inputs[first : first + 6]
+        return 2.0 * pairs_of(counts, lengths, window) * heads * size * products
     if event.name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
         is_backward = event.name.endswith("backward")
         rows, heads, length, size = event.input_shapes[1 if is_backward else 0]

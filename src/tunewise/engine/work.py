@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tunewise.layers import int8, short_documents
+from tunewise.layers import document_kernel, int8
 
 aten = torch.ops.aten
 
-_SHORT_DOCUMENTS = {  # where their counts stand among the arguments, and how many products a pair goes through
-    short_documents.forward_kernel_.overloadpacket: (5, 2),
-    short_documents.backward_kernel_.overloadpacket: (8, 5),
+_DOCUMENT_ATTENTION = {  # where their counts stand among the arguments, and how many products a pair goes through
+    document_kernel.forward_kernel_.overloadpacket: (6, 2),
+    document_kernel.backward_kernel_.overloadpacket: (10, 5),
 }
 _INT8_PRODUCTS = (int8.matmul_kernel.overloadpacket, int8.matmul_kernel_.overloadpacket, aten._int_mm)
 
@@ -106,10 +106,10 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
     if packet in _INT8_PRODUCTS:
         rows, product = (args[1], args[0]) if packet is _INT8_PRODUCTS[1] else (args[0], output)
         return 2 * int(product.numel()) * int(rows.shape[1])
-    if packet in _SHORT_DOCUMENTS:
-        first, products = _SHORT_DOCUMENTS[packet]
-        counts, lengths, heads, _, size = args[first : first + 5]
-        return 2 * short_documents.pairs_of(counts, lengths) * int(heads) * int(size) * products
+    if packet in _DOCUMENT_ATTENTION:
+        first, products = _DOCUMENT_ATTENTION[packet]
+        counts, lengths, heads, _, size, window = args[first : first + 6]
+        return 2 * document_kernel.pairs_of(counts, lengths, int(window)) * int(heads) * int(size) * products
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=output))
 

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include <omp.h>
@@ -103,8 +104,7 @@ void swiglu_backward(const S* g, const S* gate, const S* up, S* gate_grad, S* up
 template <class S>
 inline void head_of(const S* in, S* out, const S* cos, const S* sin, int64_t D, bool back) {
   if (!cos) {
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) out[d] = in[d];
+    std::memcpy(out, in, D * sizeof(S));
     return;
   }
   const int64_t half = D / 2;
@@ -153,6 +153,25 @@ void scatter(const S* in, S* rows, int64_t stride, const S* cos, const S* sin, c
     for (int64_t h = 0; h < H; ++h)
       head_of(first + h * length[slot] * D, out + h * D, cos ? cos + t * D : nullptr, sin ? sin + t * D : nullptr, D,
               true);
+  }
+}
+
+// Scalar products of two rows of tokens, head by head, in the place of a slot: (document, head, position).
+template <class S>
+void dots(const S* one, const S* other, int64_t stride, int64_t other_stride, float* out, const int64_t* slot_of,
+          const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t slot = slot_of[t];
+    if (slot >= slots) continue;
+    float* first = out + start[slot] * H + (slot - start[slot]);
+    for (int64_t h = 0; h < H; ++h) {
+      const S *a = one + t * stride + h * D, *b = other + t * other_stride + h * D;
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t d = 0; d < D; ++d) sum += load(a + d) * load(b + d);
+      first[h * length[slot]] = sum;
+    }
   }
 }
 
@@ -266,6 +285,10 @@ FOR_BOTH(scatter,
          (const void* in, void* rows, int64_t stride, const void* cos, const void* sin, const int64_t* slot_of,
           const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D),
          (IN(in), OUT(rows), stride, IN(cos), IN(sin), slot_of, start, length, slots, T, H, D))
+FOR_BOTH(dots,
+         (const void* one, const void* other, int64_t stride, int64_t other_stride, float* out, const int64_t* slot_of,
+          const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D),
+         (IN(one), IN(other), stride, other_stride, out, slot_of, start, length, slots, T, H, D))
 FOR_BOTH(causal_softmax,
          (void* scores, float* log_sum, int64_t rows, int64_t K, int64_t queries, int64_t first, int64_t window,
           float scale),

@@ -1,375 +1,220 @@
-// Causal attention of short documents in bf16, a document and a head of keys at a time: what belongs together stays in a
-// core's own cache, the upper half of the scores is not computed, and sums and softmax are made in fp32.
+// Causal attention inside documents in bf16: no score leaves a core's own cache, those that causality (or a window)
+// hides are not computed, and sums and softmax are made in fp32 (`attention.h`). Documents of one block of keys are shared
+// out among the threads, a document and a head of keys each; on longer ones, all threads work together, each on its own
+// queries.
 //
-//   P = softmax(scale Q K^T)    O = P V
-//   dV = P^T dO    dS = scale P (dO V^T - sum(P dO V^T))    dQ = dS K    dK = dS^T Q
-//
-// For processors with AVX-512 BF16, which multiply pairs of bf16 and add them up in fp32; others take the batched products
-// of `products.py`, whose tests compare both.
+// For processors with AVX-512 BF16; others take the batched products of `products.py`, whose tests compare both.
 //
 // L positions of a document, D size of a head, H heads of queries, K heads of keys, G = H / K heads that share one. All
-// tensors are (document, head, L, D), one document behind the other; `pair` means two bf16 in a word of 32 bits.
+// tensors are (document, head, L, D), one document behind the other.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include <omp.h>
 
-#include "numbers.h"
+#include "attention.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 
 namespace {
 
-constexpr int ROWS = 6;        // rows of a product that are held in registers, with four vectors each
-constexpr int VECTORS = 4;
-constexpr int64_t CHUNK = 48;  // queries whose weights are kept until they meet the other side's gradient
+// All documents of a plan, and where a document's heads lie in a tensor of so many heads.
+struct Documents {
+  struct Document {
+    int64_t slot, length;
+  };
+  std::vector<Document> all;
+  int64_t H, K, D, window;
+  float scale;
 
-inline int64_t up_to(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
-
-// The intrinsic's result goes to another register, with a copy for each (gcc 12).
-inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-}
-
-// Pairs on the left: word (row r, pair p) at r * row + p * pair. On the right: vector v of pair p at p * pair + v * vector.
-struct Left {
-  const uint32_t* words;
-  int64_t row, pair;
-};
-struct Right {
-  const uint32_t* words;
-  int64_t pair, vector;
-};
-
-// out[R][16 V] = (out +) left right. Every loop over the sums is unrolled and stands here, or gcc keeps them in memory.
-template <int R, int V>
-void block(Left left, Right right, int64_t pairs, float* out, int64_t out_row, bool adds) {
-  __m512 sum[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = adds ? _mm512_loadu_ps(out + r * out_row + 16 * v) : _mm512_setzero_ps();
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512i w[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = _mm512_loadu_si512(right.words + p * right.pair + v * right.vector);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512i x = _mm512_set1_epi32(static_cast<int32_t>(left.words[r * left.row + p * left.pair]));
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = dot(sum[r][v], w[v], x);
-    }
+  Documents(const void* counts, const void* lengths, int64_t buckets, int64_t H, int64_t K, int64_t D, int64_t window,
+            float scale)
+      : H(H), K(K), D(D), window(window), scale(scale) {
+    int64_t slot = 0;
+    for (int64_t b = 0; b < buckets; ++b)
+      for (int64_t i = 0; i < static_cast<const int64_t*>(counts)[b]; ++i, slot += all.back().length)
+        all.push_back({slot, static_cast<const int64_t*>(lengths)[b]});
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + r * out_row + 16 * v, sum[r][v]);
-}
-
-using Block = void (*)(Left, Right, int64_t, float*, int64_t, bool);
-constexpr Block BLOCKS[ROWS][VECTORS] = {
-    {block<1, 1>, block<1, 2>, block<1, 3>, block<1, 4>}, {block<2, 1>, block<2, 2>, block<2, 3>, block<2, 4>},
-    {block<3, 1>, block<3, 2>, block<3, 3>, block<3, 4>}, {block<4, 1>, block<4, 2>, block<4, 3>, block<4, 4>},
-    {block<5, 1>, block<5, 2>, block<5, 3>, block<5, 4>}, {block<6, 1>, block<6, 2>, block<6, 3>, block<6, 4>}};
-
-// `rows` <= ROWS rows times `vectors` vectors of 16 columns.
-inline void product(int64_t rows, int64_t vectors, Left left, Right right, int64_t pairs, float* out, int64_t out_row,
-                    bool adds = false) {
-  for (int64_t v = 0; v < vectors; v += VECTORS) {
-    const int64_t held = std::min<int64_t>(VECTORS, vectors - v);
-    const Right from{right.words + v * right.vector, right.pair, right.vector};
-    BLOCKS[rows - 1][held - 1](left, from, pairs, out + 16 * v, out_row, adds);
+  int64_t groups() const { return H / K; }
+  int64_t at(const Document& document, int64_t heads, int64_t head) const {
+    return (document.slot * heads + head * document.length) * D;
   }
-}
-
-inline uint32_t word(const bf16* p) {
-  uint32_t both;
-  std::memcpy(&both, p, 4);
-  return both;
-}
-
-// Rows as columns of a product: [row / 16][D / 2][16], pairs along D; zeros behind the last row.
-void across(const bf16* x, int64_t L, int64_t D, uint32_t* out) {
-  for (int64_t first = 0; first < L; first += 16) {
-    uint32_t* panel = out + first * (D / 2);
-    const int64_t held = std::min<int64_t>(16, L - first);
-    for (int64_t r = 0; r < 16; ++r) {
-      const bf16* row = x + (first + r) * D;
-      for (int64_t p = 0; p < D / 2; ++p) panel[p * 16 + r] = r < held ? word(row + 2 * p) : 0u;
-    }
-  }
-}
-
-// Rows that are summed over: [row / 2][D], pairs of rows; zeros behind the last.
-void along(const bf16* x, int64_t L, int64_t D, uint32_t* out) {
-  for (int64_t r = 0; r < L; r += 2) {
-    const bf16 *one = x + r * D, *other = one + D;
-    uint32_t* pairs = out + r / 2 * D;
-    if (r + 1 < L) {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) pairs[d] = one[d].bits | static_cast<uint32_t>(other[d].bits) << 16;
-    } else {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) pairs[d] = one[d].bits;
-    }
-  }
-}
-
-// Keys that a query sees: from `begin` to `end`, and which of sixteen from `first` on they are.
-struct Keys {
-  int64_t begin, end;
-  __mmask16 lanes(int64_t first) const {
-    const auto bits = [first](int64_t edge) { return (1u << std::clamp<int64_t>(edge - first, 0, 16)) - 1u; };
-    return static_cast<__mmask16>(bits(end) & ~bits(begin));
-  }
-};
-inline Keys seen_by(int64_t query, int64_t window) {
-  return {window > 0 && query >= window ? query + 1 - window : 0, query + 1};
-}
-
-// `numbers.h`'s exponential of sixteen; zero outside of `lanes`.
-inline __m512 exp_of(__m512 x, __mmask16 lanes) {
-  const auto all = [](float number) { return _mm512_set1_ps(number); };
-  lanes = _mm512_mask_cmp_ps_mask(lanes, x, all(-60.0f), _CMP_NLT_UQ);
-  x = _mm512_min_ps(all(60.0f), x);  // the second operand where one is not a number
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, all(0.693359375f), x);
-  r = _mm512_fmadd_ps(n, all(2.12194440e-4f), r);
-  __m512 p = all(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, all(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, all(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, all(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, all(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, all(5.0000001201e-1f));
-  p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), all(1.0f));
-  return _mm512_maskz_scalef_ps(lanes, p, n);
-}
-
-inline void store(bf16* to, __m512 x) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(x);
-  std::memcpy(to, &rounded, sizeof rounded);
-}
-
-// Memory of a thread, as large as its longest document asked for.
-struct Room {
-  std::vector<uint32_t> words;
-  std::vector<float> floats;
-  int64_t words_used = 0, floats_used = 0;
-
-  void begin(int64_t num_words, int64_t num_floats) {
-    if (static_cast<int64_t>(words.size()) < num_words) words.resize(num_words);
-    if (static_cast<int64_t>(floats.size()) < num_floats) floats.resize(num_floats);
-    words_used = floats_used = 0;
-  }
-  uint32_t* take_words(int64_t count) { return words.data() + std::exchange(words_used, words_used + count); }
-  float* take_floats(int64_t count) { return floats.data() + std::exchange(floats_used, floats_used + count); }
-};
-
-struct Document {
-  int64_t slot, length;
-};
-
-std::vector<Document> documents_of(const int64_t* counts, const int64_t* lengths, int64_t buckets) {
-  std::vector<Document> found;
-  int64_t slot = 0;
-  for (int64_t b = 0; b < buckets; ++b)
-    for (int64_t i = 0; i < counts[b]; ++i, slot += lengths[b]) found.push_back({slot, lengths[b]});
-  return found;
-}
-
-void forward_of(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* log_sum, int64_t L, int64_t D, int64_t G,
-                int64_t window, float scale, Room& room) {
-  const int64_t width = up_to(L, 16), pairs = D / 2;
-  room.begin(2 * width * pairs + ROWS * width / 2, ROWS * (width + D));
-  uint32_t *keys = room.take_words(width * pairs), *values = room.take_words(width * pairs);
-  bf16* weights = reinterpret_cast<bf16*>(room.take_words(ROWS * width / 2));
-  float *scores = room.take_floats(ROWS * width), *sums = room.take_floats(ROWS * D);
-  across(k, L, D, keys);
-  along(v, L, D, values);
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t first = 0; first < L; first += ROWS) {
-      const int64_t rows = std::min<int64_t>(ROWS, L - first), seen = first + rows, vectors = (seen + 15) / 16;
-      const uint32_t* asked = reinterpret_cast<const uint32_t*>(q + (g * L + first) * D);
-      product(rows, vectors, {asked, pairs, 1}, {keys, 16, 16 * pairs}, pairs, scores, width);
-      float share[ROWS];
-      for (int64_t r = 0; r < rows; ++r) {
-        const Keys keys_seen = seen_by(first + r, window);
-        const float* s = scores + r * width;
-        bf16* w = weights + r * width;
-        __m512 most_of = _mm512_set1_ps(-INFINITY), sum_of = _mm512_setzero_ps();
-        for (int64_t j = 0; j < 16 * vectors; j += 16)
-          most_of = _mm512_mask_max_ps(most_of, keys_seen.lanes(j), most_of, _mm512_loadu_ps(s + j));
-        const float most = _mm512_reduce_max_ps(most_of);
-        for (int64_t j = 0; j < 16 * vectors; j += 16) {
-          const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(most));
-          const __m512 e = exp_of(_mm512_mul_ps(below, _mm512_set1_ps(scale)), keys_seen.lanes(j));
-          sum_of = _mm512_add_ps(sum_of, e);
-          store(w + j, e);
-        }
-        const float sum = _mm512_reduce_add_ps(sum_of);
-        share[r] = 1.0f / sum;
-        log_sum[g * L + first + r] = most * scale + std::log(sum);
-      }
-      const uint32_t* held = reinterpret_cast<const uint32_t*>(weights);
-      product(rows, D / 16, {held, width / 2, 1}, {values, D, 16}, (seen + 1) / 2, sums, D);
-      for (int64_t r = 0; r < rows; ++r) {
-        bf16* to = out + (g * L + first + r) * D;
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d) store(to + d, sums[r * D + d] * share[r]);
-      }
-    }
-}
-
-// Two rows of weights as pairs of queries: word j holds (one[j], other[j]).
-inline void pair_up(const bf16* one, const bf16* other, int64_t count, uint32_t* out) {
-  if (other) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) out[j] = one[j].bits | static_cast<uint32_t>(other[j].bits) << 16;
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) out[j] = one[j].bits;
-  }
-}
-
-void backward_of(const bf16* q, const bf16* k, const bf16* v, const bf16* grad, const float* log_sum, bf16* grad_q,
-                 bf16* grad_k, bf16* grad_v, int64_t L, int64_t D, int64_t G, int64_t window, float scale, Room& room) {
-  const int64_t pairs = D / 2, width = up_to(L, 16), tall = up_to(width, ROWS), vectors_of_head = D / 16;
-  const int64_t line = up_to(tall, 16);
-  room.begin(3 * width * pairs + CHUNK * line + CHUNK * D + ROWS * line, 2 * tall * D + ROWS * (2 * width + D));
-  uint32_t *keys = room.take_words(width * pairs), *values = room.take_words(width * pairs);
-  uint32_t* keys_along = room.take_words(width * pairs);
-  uint32_t *weights_T = room.take_words(CHUNK / 2 * line), *slopes_T = room.take_words(CHUNK / 2 * line);
-  uint32_t *asked_along = room.take_words(CHUNK / 2 * D), *grad_along = room.take_words(CHUNK / 2 * D);
-  bf16* weights = reinterpret_cast<bf16*>(room.take_words(ROWS * line / 2));
-  bf16* slopes = reinterpret_cast<bf16*>(room.take_words(ROWS * line / 2));
-  float *sum_k = room.take_floats(tall * D), *sum_v = room.take_floats(tall * D);
-  float *scores = room.take_floats(ROWS * width), *slope = room.take_floats(ROWS * width);
-  float* sums = room.take_floats(ROWS * D);
-  std::fill(sum_k, sum_k + tall * D, 0.0f);
-  std::fill(sum_v, sum_v + tall * D, 0.0f);
-  across(k, L, D, keys);
-  across(v, L, D, values);
-  along(k, L, D, keys_along);
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t begin_chunk = 0; begin_chunk < L; begin_chunk += CHUNK) {
-      const int64_t end_chunk = std::min(L, begin_chunk + CHUNK), count = end_chunk - begin_chunk;
-      const int64_t columns = up_to(up_to(end_chunk, 16), ROWS);
-      along(q + (g * L + begin_chunk) * D, count, D, asked_along);
-      along(grad + (g * L + begin_chunk) * D, count, D, grad_along);
-      for (int64_t first = begin_chunk; first < end_chunk; first += ROWS) {
-        const int64_t rows = std::min<int64_t>(ROWS, end_chunk - first), seen = first + rows, vectors = (seen + 15) / 16;
-        const int64_t place = (g * L + first) * D;
-        const uint32_t *asked = reinterpret_cast<const uint32_t*>(q + place),
-                       *came = reinterpret_cast<const uint32_t*>(grad + place);
-        product(rows, vectors, {asked, pairs, 1}, {keys, 16, 16 * pairs}, pairs, scores, width);
-        product(rows, vectors, {came, pairs, 1}, {values, 16, 16 * pairs}, pairs, slope, width);
-        for (int64_t r = 0; r < rows; ++r) {
-          const Keys keys_seen = seen_by(first + r, window);
-          const __m512 log_of_sum = _mm512_set1_ps(log_sum[g * L + first + r]), factor = _mm512_set1_ps(scale);
-          float *s = scores + r * width, *t = slope + r * width;
-          bf16 *w = weights + r * line, *u = slopes + r * line;
-          __m512 total_of = _mm512_setzero_ps();
-          for (int64_t j = 0; j < 16 * vectors; j += 16) {
-            const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + j), factor, log_of_sum);
-            const __m512 p = exp_of(x, keys_seen.lanes(j));
-            total_of = _mm512_mask3_fmadd_ps(p, _mm512_loadu_ps(t + j), total_of, keys_seen.lanes(j));
-            _mm512_storeu_ps(s + j, p);
-            store(w + j, p);
-          }
-          const __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(total_of));
-          for (int64_t j = 0; j < 16 * vectors; j += 16) {
-            const __m512 off = _mm512_maskz_sub_ps(keys_seen.lanes(j), _mm512_loadu_ps(t + j), total);
-            store(u + j, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(s + j), off), factor));
-          }
-          for (int64_t j = 16 * vectors; j < columns; ++j) w[j].bits = u[j].bits = 0;
-        }
-        const uint32_t* held = reinterpret_cast<const uint32_t*>(slopes);
-        product(rows, vectors_of_head, {held, line / 2, 1}, {keys_along, D, 16}, (seen + 1) / 2, sums, D);
-        for (int64_t r = 0; r < rows; ++r) {
-#pragma omp simd
-          for (int64_t d = 0; d < D; ++d) store(grad_q + place + r * D + d, sums[r * D + d]);
-        }
-        for (int64_t r = 0; r < rows; r += 2) {
-          const int64_t pair = (first - begin_chunk + r) / 2;
-          const bool is_whole = r + 1 < rows;
-          pair_up(weights + r * line, is_whole ? weights + (r + 1) * line : nullptr, columns, weights_T + pair * line);
-          pair_up(slopes + r * line, is_whole ? slopes + (r + 1) * line : nullptr, columns, slopes_T + pair * line);
-        }
-      }
-      for (int64_t key = 0; key < columns; key += ROWS) {
-        const int64_t skipped = std::max<int64_t>(0, (key - begin_chunk) / 2);  // queries before a key do not see it
-        const int64_t left = (count + 1) / 2 - skipped;
-        if (left <= 0) break;
-        product(ROWS, vectors_of_head, {weights_T + skipped * line + key, 1, line}, {grad_along + skipped * D, D, 16}, left,
-                sum_v + key * D, D, true);
-        product(ROWS, vectors_of_head, {slopes_T + skipped * line + key, 1, line}, {asked_along + skipped * D, D, 16}, left,
-                sum_k + key * D, D, true);
-      }
-    }
-#pragma omp simd
-  for (int64_t i = 0; i < L * D; ++i) store(grad_k + i, sum_k[i]);
-#pragma omp simd
-  for (int64_t i = 0; i < L * D; ++i) store(grad_v + i, sum_v[i]);
-}
-
-// Calls `work` for every document and head of keys, with where its queries and its keys begin, on all threads.
-template <class Work>
-void each_head(const void* counts, const void* lengths, int64_t buckets, int64_t H, int64_t K, int64_t D, Work work) {
-  const auto held = documents_of(static_cast<const int64_t*>(counts), static_cast<const int64_t*>(lengths), buckets);
-  const int64_t tasks = static_cast<int64_t>(held.size()) * K, G = H / K;
-#pragma omp parallel
-  {
-    Room room;
+  // Calls `alone(document, head of keys)` for the short ones, a thread each, and `together` for the others, on all.
+  template <class Alone, class Together>
+  void each(Alone alone, Together together) const {
+    std::vector<Document> small;
+    for (const Document& document : all)
+      if (document.length > KEYS)
+        for (int64_t head = 0; head < K; ++head) together(document, head);
+      else small.push_back(document);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const auto [slot, L] = held[task / K];
-      const int64_t head = task % K;
-      work((slot * H + head * G * L) * D, (slot * K + head * L) * D, L, G, room);
-    }
+    for (int64_t task = 0; task < static_cast<int64_t>(small.size()) * K; ++task) alone(small[task / K], task % K);
   }
-}
+};
+
+// Puts keys [first, end), from a multiple of 16 on, where a block or all of them lie in the order of the instructions;
+// `slice` says which sixteen of them.
+struct Panels {
+  uint32_t *keys_across, *values_across, *keys_along, *values_along;  // null: not needed
+  void fill(const bf16* k, const bf16* v, int64_t first, int64_t end, int64_t D, int64_t slice) const {
+    const int64_t key = first + 16 * slice, rows = std::min<int64_t>(16, end - key), to = 16 * slice * D / 2;
+    if (keys_across) across(k + key * D, rows, D, keys_across + to);
+    if (values_across) across(v + key * D, rows, D, values_across + to);
+    if (keys_along) along(k + key * D, rows, D, keys_along + to);
+    if (values_along) along(v + key * D, rows, D, values_along + to);
+  }
+  Keys of(int64_t first, int64_t end) const { return {keys_across, values_across, keys_along, values_along, first, end}; }
+};
+
+struct Forward {
+  const Documents& documents;
+  const bf16 *q, *k, *v;
+  bf16* out;
+  float* log_sum;
+  uint32_t* room;  // panels of the longest document's keys and values
+
+  void queries(const Documents::Document& document, int64_t head, int64_t first, const Keys& keys, Desk& desk) const {
+    const int64_t at = documents.at(document, documents.H, head), L = document.length;
+    const Head of{q + at, nullptr, nullptr, nullptr, L, documents.D, documents.window, documents.scale};
+    forward_of(of, keys, first, std::min(QUERIES, L - first), out + at, log_sum + at / documents.D, desk);
+  }
+  void alone(const Documents::Document& document, int64_t head, Desk& desk) const {
+    const int64_t at = documents.at(document, documents.K, head), L = document.length, G = documents.groups();
+    const Panels panels{desk.keys_across, nullptr, nullptr, desk.values_along};
+    for (int64_t slice = 0; slice < (L + 15) / 16; ++slice) panels.fill(k + at, v + at, 0, L, documents.D, slice);
+    for (int64_t g = 0; g < G; ++g)
+      for (int64_t first = 0; first < L; first += QUERIES) queries(document, head * G + g, first, panels.of(0, L), desk);
+  }
+  void together(const Documents::Document& document, int64_t head, Desk& desk) const {
+    const int64_t at = documents.at(document, documents.K, head), L = document.length, G = documents.groups();
+    const Panels panels{room, nullptr, nullptr, room + up_to(L, 16) * documents.D / 2};
+    const int64_t blocks = (L + QUERIES - 1) / QUERIES;
+#pragma omp for schedule(static)
+    for (int64_t slice = 0; slice < (L + 15) / 16; ++slice) panels.fill(k + at, v + at, 0, L, documents.D, slice);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < blocks * G; ++i)  // the longest first
+      queries(document, head * G + i % G, (blocks - 1 - i / G) * QUERIES, panels.of(0, L), desk);
+  }
+};
+
+struct Backward {
+  const Documents& documents;
+  const bf16 *q, *k, *v, *grad;
+  const float *log_sum, *delta;
+  bf16 *grad_q, *grad_k, *grad_v;
+  float* room;               // sums of the longest document's queries, then panels of a block of keys
+  std::vector<Desk*> desks;  // of all threads
+
+  Head head_of(const Documents::Document& document, int64_t head) const {
+    const int64_t at = documents.at(document, documents.H, head), D = documents.D;
+    return {q + at, grad + at, log_sum + at / D, delta + at / D, document.length, D, documents.window, documents.scale};
+  }
+  void clear(Desk& desk) const {
+    std::fill(desk.sum_k, desk.sum_k + KEYS * documents.D, 0.0f);
+    std::fill(desk.sum_v, desk.sum_v + KEYS * documents.D, 0.0f);
+  }
+  void alone(const Documents::Document& document, int64_t head, Desk& desk) const {
+    const int64_t D = documents.D, at = documents.at(document, documents.K, head), L = document.length;
+    const Panels panels{desk.keys_across, desk.values_across, desk.keys_along, nullptr};
+    for (int64_t slice = 0; slice < (L + 15) / 16; ++slice) panels.fill(k + at, v + at, 0, L, D, slice);
+    clear(desk);
+    for (int64_t g = head * documents.groups(); g < (head + 1) * documents.groups(); ++g)
+      for (int64_t first = 0; first < L; first += QUERIES) {
+        const int64_t count = std::min(QUERIES, L - first);
+        std::fill(desk.sums, desk.sums + count * D, 0.0f);
+        backward_of(head_of(document, g), panels.of(0, L), first, count, desk.sums, desk);
+        round_to(grad_q + documents.at(document, documents.H, g) + first * D, desk.sums, count * D, documents.scale);
+      }
+    round_to(grad_k + at, desk.sum_k, L * D, documents.scale);
+    round_to(grad_v + at, desk.sum_v, L * D, 1.0f);
+  }
+  void together(const Documents::Document& document, int64_t head, Desk& desk) const {
+    const int64_t D = documents.D, at = documents.at(document, documents.K, head), L = document.length;
+    const int64_t G = documents.groups(), of_group = documents.at(document, documents.H, head * G);
+    uint32_t* words = reinterpret_cast<uint32_t*>(room + G * L * D);
+    const Panels panels{words, words + KEYS * D / 2, words + KEYS * D, nullptr};
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < G * L; ++row) std::fill(room + row * D, room + (row + 1) * D, 0.0f);
+    for (int64_t key = 0; key < L; key += KEYS) {
+      const int64_t end = std::min(L, key + KEYS), last = documents.window ? std::min(L, end + documents.window - 1) : L;
+      const int64_t blocks = (last - key + QUERIES - 1) / QUERIES;
+#pragma omp for schedule(static)
+      for (int64_t slice = 0; slice < (end - key + 15) / 16; ++slice) panels.fill(k + at, v + at, key, end, D, slice);
+      clear(desk);
+#pragma omp for schedule(static, 1)
+      for (int64_t i = 0; i < blocks * G; ++i) {
+        const int64_t g = i % G, first = key + i / G * QUERIES;
+        backward_of(head_of(document, head * G + g), panels.of(key, end), first, std::min(QUERIES, last - first),
+                    room + (g * L + first) * D, desk);
+      }
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < end - key; ++row)
+        for (const auto& [sums, to, scale] : {std::tuple(&Desk::sum_k, grad_k, documents.scale), {&Desk::sum_v, grad_v, 1.0f}}) {
+          float* total = desks[0]->*sums + row * D;
+          for (size_t other = 1; other < desks.size(); ++other)
+#pragma omp simd
+            for (int64_t d = 0; d < D; ++d) total[d] += (desks[other]->*sums)[row * D + d];
+          round_to(to + at + (key + row) * D, total, D, scale);
+        }
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < G * L; ++row) round_to(grad_q + of_group + row * D, room + row * D, D, documents.scale);
+  }
+};
+
+template <class T>
+T* as(void* p) { return static_cast<T*>(p); }
+template <class T>
+const T* as(const void* p) { return static_cast<const T*>(p); }
 
 }  // namespace
 #endif
 
 extern "C" {
 
-// Whether this processor computes them.
-int64_t has_document_attention() {
+// Positions up to which a document is one thread's; 0 where this processor does not compute them.
+int64_t document_attention_block() {
 #ifdef __AVX512BF16__
-  return 1;
+  return KEYS;
 #else
   return 0;
 #endif
 }
 
 #ifdef __AVX512BF16__
-void document_attention_bf16(const void* q, const void* k, const void* v, void* out, void* log_sum, const void* counts,
-                             const void* lengths, int64_t buckets, int64_t H, int64_t K, int64_t D, int64_t window,
-                             float scale) {
-  each_head(counts, lengths, buckets, H, K, D, [&](int64_t asked, int64_t known, int64_t L, int64_t G, Room& room) {
-    forward_of(static_cast<const bf16*>(q) + asked, static_cast<const bf16*>(k) + known,
-               static_cast<const bf16*>(v) + known, static_cast<bf16*>(out) + asked,
-               static_cast<float*>(log_sum) + asked / D, L, D, G, window, scale, room);
-  });
+void document_attention_bf16(const void* q, const void* k, const void* v, void* out, void* log_sum, void* room,
+                             const void* counts, const void* lengths, int64_t buckets, int64_t H, int64_t K, int64_t D,
+                             int64_t window, float scale) {
+  const Documents documents(counts, lengths, buckets, H, K, D, window, scale);
+  const Forward pass{documents, as<bf16>(q), as<bf16>(k), as<bf16>(v), as<bf16>(out), as<float>(log_sum), as<uint32_t>(room)};
+#pragma omp parallel
+  {
+    Desk desk(D);
+    documents.each([&](const auto& document, int64_t head) { pass.alone(document, head, desk); },
+                   [&](const auto& document, int64_t head) { pass.together(document, head, desk); });
+  }
 }
 
 void document_attention_backward_bf16(const void* q, const void* k, const void* v, const void* grad, const void* log_sum,
-                                      void* grad_q, void* grad_k, void* grad_v, const void* counts, const void* lengths,
-                                      int64_t buckets, int64_t H, int64_t K, int64_t D, int64_t window, float scale) {
-  each_head(counts, lengths, buckets, H, K, D, [&](int64_t asked, int64_t known, int64_t L, int64_t G, Room& room) {
-    backward_of(static_cast<const bf16*>(q) + asked, static_cast<const bf16*>(k) + known,
-                static_cast<const bf16*>(v) + known, static_cast<const bf16*>(grad) + asked,
-                static_cast<const float*>(log_sum) + asked / D, static_cast<bf16*>(grad_q) + asked,
-                static_cast<bf16*>(grad_k) + known, static_cast<bf16*>(grad_v) + known, L, D, G, window, scale, room);
-  });
+                                      const void* delta, void* grad_q, void* grad_k, void* grad_v, void* room,
+                                      const void* counts, const void* lengths, int64_t buckets, int64_t H, int64_t K,
+                                      int64_t D, int64_t window, float scale) {
+  const Documents documents(counts, lengths, buckets, H, K, D, window, scale);
+  Backward pass{documents, as<bf16>(q), as<bf16>(k), as<bf16>(v), as<bf16>(grad), as<float>(log_sum), as<float>(delta),
+                as<bf16>(grad_q), as<bf16>(grad_k), as<bf16>(grad_v), as<float>(room), {}};
+#pragma omp parallel
+  {
+    Desk desk(D);
+#pragma omp single
+    pass.desks.resize(omp_get_num_threads());
+    pass.desks[omp_get_thread_num()] = &desk;
+#pragma omp barrier
+    documents.each([&](const auto& document, int64_t head) { pass.alone(document, head, desk); },
+                   [&](const auto& document, int64_t head) { pass.together(document, head, desk); });
+  }
 }
 #endif
 }

@@ -13,13 +13,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 #include <omp.h>
 
 #include "numbers.h"
+#include "panels.h"
 
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
@@ -34,57 +33,6 @@ constexpr int64_t DEPTH = 4096;         // inputs of a panel: it lies in a core'
 constexpr int64_t PARTIAL_ROWS = 1024;  // rows at once where sums of several panels are kept in fp32
 constexpr int64_t ROOM = 4 << 20;       // bytes of panels that are made ready at once
 
-// Memory that a calling thread keeps from call to call, not cleared: new pages cost a hundredth of a product.
-template <class T>
-class Room {
- public:
-  T* of(int64_t count) {
-    if (count > held_) {
-      memory_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
-      held_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  int64_t held_ = 0;
-};
-
-#ifdef __AVX512VNNI__
-// 16 rows of 16 groups of four numbers become 16 rows of what were columns, `apart` bytes from each other.
-inline void transpose_groups(const int8_t* rows, int64_t ld, uint8_t* out, int64_t apart, __m512i flip) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_xor_si512(_mm512_loadu_si512(rows + i * ld), flip);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // a[i + c]: column c of every quarter of the four rows
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even_low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd_low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-    _mm512_storeu_si512(out + c * apart, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-    _mm512_storeu_si512(out + (4 + c) * apart, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-    _mm512_storeu_si512(out + (8 + c) * apart, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-    _mm512_storeu_si512(out + (12 + c) * apart, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
-  }
-}
-#endif
-
 // Panels are [K / 4][COLS][4], every number ^ `flip` (0x80 shifts it by 128); where the weight ends there are zeros.
 inline void panel_of_rows(const int8_t* w, int64_t ld, int64_t K, int64_t held, uint32_t flip, uint8_t* panel) {
   int64_t done = 0;
@@ -92,7 +40,7 @@ inline void panel_of_rows(const int8_t* w, int64_t ld, int64_t K, int64_t held, 
   if (held == COLS)
     for (; done + 64 <= K; done += 64)
       for (int64_t j = 0; j < COLS; j += 16)
-        transpose_groups(w + j * ld + done, ld, panel + done * COLS + j * 4, 4 * COLS, _mm512_set1_epi32(flip));
+        transpose_words(w + j * ld + done, ld, panel + done * COLS + j * 4, 4 * COLS, _mm512_set1_epi32(flip));
 #endif
   for (int64_t j = 0; j < COLS; ++j)
     for (int64_t k = done; k < K; k += 4) {

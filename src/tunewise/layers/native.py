@@ -27,7 +27,7 @@ SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
     for name in ("kernels", "kernels_rounding", "kernels_int8", "kernels_attention")
 )
-HEADERS = (Path(__file__).with_name("numbers.h"),)
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "panels", "pairs", "attention"))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 LIBRARIES = ("-lstdc++",)

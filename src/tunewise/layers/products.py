@@ -2,8 +2,8 @@
 
 On a CPU with fast 16-bit products this beats the flash kernel by far: scores are one batched product, their softmax
 one pass over the causal half, and the documents' square is small. Nothing of that size is kept: the backward pass makes
-the scores again, and long documents go through in blocks of queries, so the scores in memory stay bounded. Documents of
-up to 2,048 positions go to one kernel instead where the processor has it (`short_documents`).
+the scores again, and long documents go through in blocks of queries, so the scores in memory stay bounded. Where the
+processor can, one kernel takes their place (`document_kernel`).
 
     P = softmax(scale Q K^T)    O = P V
     dV = P^T dO    dS = scale P (dO V^T - sum(P dO V^T))    dQ = dS K    dK = dS^T Q
@@ -14,17 +14,17 @@ Shape suffixes: T tokens, P slots of all buckets, H heads, K heads of keys and v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunewise.layers import document_kernel
 from tunewise.layers.attention import Plan
 from tunewise.layers.fused import define
 from tunewise.layers.native import call
-from tunewise.layers.short_documents import ShortDocuments
 
 SCORES = 1 << 22
 """At most so many scores are in memory at once (a row of queries at least `FEWEST_QUERIES` high)."""
@@ -108,10 +108,10 @@ class Block(NamedTuple):
     rows: slice
 
 
-def blocks_of(plan: Plan, heads: int, short: ShortDocuments | None) -> Iterator[Block]:
-    """Yield the blocks in which the documents of a plan are computed, all but the short ones."""
+def blocks_of(plan: Plan, heads: int) -> Iterator[Block]:
+    """Yield the blocks in which the documents of a plan are computed."""
     first_slot = first_row = 0
-    for count, length in plan.buckets[: len(plan.buckets) - (len(short.counts) if short else 0)]:
+    for count, length in plan.buckets:
         at_once = max(1, min(count, SCORES // (heads * length * length)))
         queries = length
         if heads * length * length > SCORES:
@@ -136,7 +136,10 @@ class Heads(NamedTuple):
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Rows of tokens in, rows of tokens out; keeps queries, keys and values (turned and sorted) and a number a row."""
+    """Rows of tokens in, rows of tokens out; keeps queries, keys and values (turned and sorted) and a number a row.
+
+    The kernel's backward pass needs the output too, which the projection behind it keeps anyway where it is trained.
+    """
 
     @staticmethod
     def forward(
@@ -166,69 +169,87 @@ class DocumentAttention(torch.autograd.Function):
         query = gather(query_TX, cos_TD, sin_TD, *places, heads.queries, heads.size)
         key = gather(key_TX, cos_TD, sin_TD, *places, heads.keys, heads.size)
         value = gather(value_TX, None, None, *places, heads.keys, heads.size)
-        short = ShortDocuments.of(plan, heads.size, query.dtype)
-        blocks = list(blocks_of(plan, heads.queries, short))
-        log_sum = query.new_empty(len(plan.start) * heads.queries, dtype=torch.float32)
-        output = torch.empty_like(query)
-        room = query.new_empty(_room(blocks, heads))
-        for block in blocks:
-            q, k, v = _asked(query, block, heads), _keys(key, block, heads), _keys(value, block, heads)
-            scores = _scores(room, q, k)
-            softmax_(scores, log_sum[block.rows], block.end - block.first, block.first, window, scale)
-            _put(output, block, heads, torch.bmm(scores, v))
-        if short is not None:
-            short.forward_(output, log_sum, (query, key, value), heads, window, scale)
-        ctx.save_for_backward(query, key, value, log_sum, cos_TD, sin_TD)
-        ctx.plan, ctx.heads, ctx.scale, ctx.window, ctx.short = plan, heads, scale, window, short
+        has_kernel = document_kernel.can_attend(heads.size, query.dtype)
+        compute = document_kernel.forward if has_kernel else forward_products
+        output, log_sum = compute(query, key, value, plan, heads, window, scale)
         rows: Tensor = scatter(
             output, None, None, plan.scatter_index, plan.start, plan.length, heads.queries, heads.size
         )
+        ctx.save_for_backward(query, key, value, log_sum, cos_TD, sin_TD, rows if has_kernel else None)
+        ctx.plan, ctx.heads, ctx.scale, ctx.window = plan, heads, scale, window
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of queries, keys and values."""
-        query, key, value, log_sum, cos_TD, sin_TD = ctx.saved_tensors
+        query, key, value, log_sum, cos_TD, sin_TD, rows = ctx.saved_tensors
         plan, heads = ctx.plan, ctx.heads
         places = (plan.start, plan.length)
+        to_rows = (plan.scatter_index, *places)
         grad_TX = grad_outputs[0]
         grad_TX = grad_TX if grad_TX.stride(-1) == 1 else grad_TX.contiguous()
         grad = gather(grad_TX, None, None, plan.token, *places, heads.queries, heads.size)
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        blocks = list(blocks_of(plan, heads.queries, ctx.short))
-        if ctx.short is not None:
-            grads, parts = (grad_query, grad_key, grad_value), (query, key, value)
-            ctx.short.backward_(grads, grad, log_sum, parts, heads, ctx.window, ctx.scale)
-        room, second = query.new_empty(_room(blocks, heads)), query.new_empty(_room(blocks, heads))
-        sums: tuple[Tensor, Tensor] | None = None
-        for block in blocks:
-            q, k, v = _asked(query, block, heads), _keys(key, block, heads), _keys(value, block, heads)
-            g = _asked(grad, block, heads)
-            scores, slope = _scores(room, q, k), _scores(second, g, v)
-            asked = block.end - block.first
-            softmax_backward_(scores, slope, log_sum[block.rows], asked, block.first, ctx.window, ctx.scale)
-            _put(grad_query, block, heads, torch.bmm(slope, k))
-            if asked == block.length:
-                torch.bmm(slope.mT, q, out=_keys(grad_key, block, heads))
-                torch.bmm(scores.mT, g, out=_keys(grad_value, block, heads))
-                continue
-            if sums is None or block.first == 0:
-                zeros = k.new_zeros((2, k.shape[0], block.length, heads.size), dtype=torch.float32)
-                sums = (zeros[0], zeros[1])
-            sums[0][:, : block.end] += torch.bmm(slope.mT, q)
-            sums[1][:, : block.end] += torch.bmm(scores.mT, g)
-            if block.end == block.length:
-                whole = block._replace(first=0)
-                _keys(grad_key, whole, heads).copy_(sums[0])
-                _keys(grad_value, whole, heads).copy_(sums[1])
-        to_rows = (plan.scatter_index, *places)
+        rest = ((query, key, value), plan, heads, ctx.window, ctx.scale)
+        if rows is None:
+            grads = backward_products(grad, log_sum, *rest)
+        else:
+            delta = document_kernel.dots(grad_TX, rows, *to_rows, heads.queries, heads.size)
+            grads = document_kernel.backward(grad, log_sum, delta, *rest)
         return (
-            scatter(grad_query, cos_TD, sin_TD, *to_rows, heads.queries, heads.size),
-            scatter(grad_key, cos_TD, sin_TD, *to_rows, heads.keys, heads.size),
-            scatter(grad_value, None, None, *to_rows, heads.keys, heads.size),
+            scatter(grads[0], cos_TD, sin_TD, *to_rows, heads.queries, heads.size),
+            scatter(grads[1], cos_TD, sin_TD, *to_rows, heads.keys, heads.size),
+            scatter(grads[2], None, None, *to_rows, heads.keys, heads.size),
             *(None,) * 6,
         )
+
+
+def forward_products(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, heads: Heads, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output, flat like the queries, and the logarithms of the softmax's sums, fp32 (P * H)."""
+    log_sum = query.new_empty(len(plan.start) * heads.queries, dtype=torch.float32)
+    output = torch.empty_like(query)
+    blocks = list(blocks_of(plan, heads.queries))
+    room = query.new_empty(_room(blocks, heads))
+    for block in blocks:
+        q, k, v = _asked(query, block, heads), _keys(key, block, heads), _keys(value, block, heads)
+        scores = _scores(room, q, k)
+        softmax_(scores, log_sum[block.rows], block.end - block.first, block.first, window, scale)
+        _put(output, block, heads, torch.bmm(scores, v))
+    return output, log_sum
+
+
+def backward_products(
+    grad: Tensor, log_sum: Tensor, parts: Sequence[Tensor], plan: Plan, heads: Heads, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value (`parts`) for the output's, flat as they are."""
+    query, key, value = parts
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    blocks = list(blocks_of(plan, heads.queries))
+    room, second = query.new_empty(_room(blocks, heads)), query.new_empty(_room(blocks, heads))
+    sums: tuple[Tensor, Tensor] | None = None
+    for block in blocks:
+        q, k, v = _asked(query, block, heads), _keys(key, block, heads), _keys(value, block, heads)
+        g = _asked(grad, block, heads)
+        scores, slope = _scores(room, q, k), _scores(second, g, v)
+        asked = block.end - block.first
+        softmax_backward_(scores, slope, log_sum[block.rows], asked, block.first, window, scale)
+        _put(grad_query, block, heads, torch.bmm(slope, k))
+        if asked == block.length:
+            torch.bmm(slope.mT, q, out=_keys(grad_key, block, heads))
+            torch.bmm(scores.mT, g, out=_keys(grad_value, block, heads))
+            continue
+        if sums is None or block.first == 0:
+            zeros = k.new_zeros((2, k.shape[0], block.length, heads.size), dtype=torch.float32)
+            sums = (zeros[0], zeros[1])
+        sums[0][:, : block.end] += torch.bmm(slope.mT, q)
+        sums[1][:, : block.end] += torch.bmm(scores.mT, g)
+        if block.end == block.length:
+            whole = block._replace(first=0)
+            _keys(grad_key, whole, heads).copy_(sums[0])
+            _keys(grad_value, whole, heads).copy_(sums[1])
+    return grad_query, grad_key, grad_value
 
 
 def _room(blocks: list[Block], heads: Heads) -> int:

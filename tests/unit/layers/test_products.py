@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunewise.layers import native, products, short_documents
+from tunewise.layers import document_kernel, native, products
 from tunewise.layers.attention import DocumentLayout
 from tunewise.layers.products import attend
 
@@ -88,36 +88,57 @@ def test_long_documents_go_through_in_blocks(limit: int, monkeypatch: pytest.Mon
         compare(torch.float32, LAYOUTS[name], (4, 2), window=7, is_turned=True)
 
 
-needs_kernel = pytest.mark.skipif(
-    native.compiler() is None or not short_documents.has_kernel(), reason="needs a processor with AVX-512 BF16"
-)
+needs_kernel = pytest.mark.skipif(document_kernel.block() == 0, reason="needs a processor with AVX-512 BF16")
 
 
 @needs_kernel
 @pytest.mark.parametrize("size", [16, 48, 64, 80])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("window", [0, 1, 9, 200])
-def test_short_documents_equal_masked_attention(size: int, heads: tuple[int, int], window: int) -> None:
+def test_the_kernel_equals_masked_attention(size: int, heads: tuple[int, int], window: int) -> None:
     compare(torch.bfloat16, MANY, heads, window, is_turned=window == 9, width=60, size=size)
 
 
 @needs_kernel
-@pytest.mark.parametrize("longest", [1, 7, 49])
-def test_long_and_short_documents_in_one_row(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(short_documents, "LONGEST", longest)
-    compare(torch.bfloat16, MANY, (4, 2), 0, is_turned=True, width=60, size=32)
+@pytest.mark.parametrize("lengths", [((1100, 513, 40),), ((512, 1), (1024, 601))])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
+@pytest.mark.parametrize("window", [0, 1, 40, 513, 700])
+def test_documents_of_several_blocks(lengths: tuple[tuple[int, ...], ...], heads: tuple[int, int], window: int) -> None:
+    compare(torch.bfloat16, lengths, heads, window, is_turned=window == 40, width=1660, size=32)
 
 
 @needs_kernel
-def test_the_kernel_and_the_products_are_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_gives_the_same_bits_again() -> None:
+    """Threads share documents out in any order, but nothing is added up in it."""
+    parts = [made(1500, count * 64, dtype=torch.bfloat16, seed=seed) for seed, count in enumerate((4, 2, 2))]
+    plan = DocumentLayout(((1300, 200),)).plan(parts[0], 1, 1500)
+    found = []
+    for _ in range(4):
+        own = [part.clone().requires_grad_(True) for part in parts]
+        output = attend(own[0], own[1], own[2], plan, (4, 2, 64), 0.125, 0)
+        output.backward(parts[0])
+        found.append([output.detach(), *(part.grad for part in own)])
+    for again in found[1:]:
+        for one, other in zip(found[0], again, strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+
+
+@needs_kernel
+@pytest.mark.parametrize("lengths", [((200, 100, 1), (301,)), ((700,),)])
+def test_the_kernel_and_the_products_are_twins(
+    lengths: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel keeps scores in fp32, so it is the nearer one to the truth; both round what they give back to bf16."""
-    lengths = ((200, 100, 1), (301,))
-    parts = [made(602, count * 64, dtype=torch.bfloat16, seed=seed) for seed, count in enumerate((6, 2, 2))]
-    grad = made(602, 6 * 64, dtype=torch.bfloat16, seed=9)
-    plan = DocumentLayout(lengths).plan(parts[0], 2, 301)
+    rows, width = len(lengths), sum(lengths[0])
+    parts = [made(rows * width, count * 64, dtype=torch.bfloat16, seed=seed) for seed, count in enumerate((6, 2, 2))]
+    grad = made(rows * width, 6 * 64, dtype=torch.bfloat16, seed=9)
+    plan = DocumentLayout(lengths).plan(parts[0], rows, width)
     found = {}
-    for name, longest in (("kernel", 2048), ("products", 0)):
-        monkeypatch.setattr(short_documents, "LONGEST", longest)
+    for name in ("kernel", "products"):
+        if name == "products":
+            monkeypatch.setattr(document_kernel, "can_attend", lambda size, dtype: False)
         own = [part.clone().requires_grad_(True) for part in parts]
         output = attend(own[0], own[1], own[2], plan, (6, 2, 64), 0.125, 0)
         output.backward(grad)
@@ -130,6 +151,14 @@ def test_the_kernel_and_the_products_are_twins(monkeypatch: pytest.MonkeyPatch) 
         assert part.grad is not None
         errors = {name: float((parts[number] - part.grad).norm()) for name, parts in found.items()}
         assert errors["kernel"] < errors["products"]
+
+
+def test_pairs_that_see_each_other() -> None:
+    for length, window in ((1, 0), (7, 0), (7, 1), (7, 3), (7, 7), (7, 50)):
+        seen = sum(min(query + 1, window or length) for query in range(length))
+        assert document_kernel.pairs_of([2, 1], [length, 3], window) == 2 * seen + sum(
+            min(query + 1, window or 3) for query in range(3)
+        )
 
 
 @needs_kernel

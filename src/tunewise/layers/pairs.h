@@ -1,0 +1,137 @@
+// Products of bf16 in pairs, added up in fp32, for processors with AVX-512 BF16: `pair` means two bf16 in a word of 32
+// bits. The pieces that `kernels_attention.cpp` is made of.
+#pragma once
+
+#ifdef __AVX512BF16__
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "numbers.h"
+#include "panels.h"
+
+namespace {
+
+constexpr int ROWS = 6;  // rows of a product that are held in registers, with four vectors each
+constexpr int VECTORS = 4;
+
+inline int64_t up_to(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+
+// The intrinsic's result goes to another register, with a copy for each (gcc 12).
+inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+
+// Pairs on the left: word (row r, pair p) at r * row + p * pair. On the right: vector v of pair p at p * pair + v * vector.
+struct Left {
+  const uint32_t* words;
+  int64_t row, pair;
+};
+struct Right {
+  const uint32_t* words;
+  int64_t pair, vector;
+};
+
+// out[R][16 V] = (out +) left right. Every loop over the sums is unrolled and stands here, or gcc keeps them in memory.
+template <int R, int V>
+void block(Left left, Right right, int64_t pairs, float* out, int64_t out_row, bool adds) {
+  __m512 sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = adds ? _mm512_loadu_ps(out + r * out_row + 16 * v) : _mm512_setzero_ps();
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512i w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) w[v] = _mm512_loadu_si512(right.words + p * right.pair + v * right.vector);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512i x = _mm512_set1_epi32(static_cast<int32_t>(left.words[r * left.row + p * left.pair]));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = dot(sum[r][v], w[v], x);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + r * out_row + 16 * v, sum[r][v]);
+}
+
+using Block = void (*)(Left, Right, int64_t, float*, int64_t, bool);
+constexpr Block BLOCKS[ROWS][VECTORS] = {
+    {block<1, 1>, block<1, 2>, block<1, 3>, block<1, 4>}, {block<2, 1>, block<2, 2>, block<2, 3>, block<2, 4>},
+    {block<3, 1>, block<3, 2>, block<3, 3>, block<3, 4>}, {block<4, 1>, block<4, 2>, block<4, 3>, block<4, 4>},
+    {block<5, 1>, block<5, 2>, block<5, 3>, block<5, 4>}, {block<6, 1>, block<6, 2>, block<6, 3>, block<6, 4>}};
+
+// `rows` <= ROWS rows times `vectors` vectors of 16 columns.
+inline void product(int64_t rows, int64_t vectors, Left left, Right right, int64_t pairs, float* out, int64_t out_row,
+                    bool adds = false) {
+  for (int64_t v = 0; v < vectors; v += VECTORS) {
+    const int64_t held = std::min<int64_t>(VECTORS, vectors - v);
+    const Right from{right.words + v * right.vector, right.pair, right.vector};
+    BLOCKS[rows - 1][held - 1](left, from, pairs, out + 16 * v, out_row, adds);
+  }
+}
+
+// Up to 16 rows as columns of a product: [D / 2][16], pairs along D; zeros behind the last row.
+inline void across(const bf16* x, int64_t rows, int64_t D, uint32_t* out) {
+  if (rows >= 16) {
+    int64_t p = 0;
+    for (; p + 16 <= D / 2; p += 16) transpose_words(x + 2 * p, D * 2, out + p * 16, 64, _mm512_setzero_si512());
+    for (; p < D / 2; ++p)
+      for (int64_t r = 0; r < 16; ++r) std::memcpy(out + p * 16 + r, x + r * D + 2 * p, 4);
+    return;
+  }
+  std::memset(out, 0, D / 2 * 64);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t p = 0; p < D / 2; ++p) std::memcpy(out + p * 16 + r, x + r * D + 2 * p, 4);
+}
+
+// Rows that are summed over: [rows / 2][D], pairs of rows; zeros behind the last.
+inline void along(const bf16* x, int64_t rows, int64_t D, uint32_t* out) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const bf16 *one = x + r * D, *other = one + D;
+    uint32_t* pairs = out + r / 2 * D;
+    if (r + 1 < rows) {
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) pairs[d] = one[d].bits | static_cast<uint32_t>(other[d].bits) << 16;
+    } else {
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) pairs[d] = one[d].bits;
+    }
+  }
+}
+
+// 2^x of sixteen (relative error 3e-6, where bf16 has 2e-3), as `numbers.h` cuts its exponential: zero below e^-60; not a
+// number where x is none. Zero outside of `lanes`.
+inline __m512 exp2_of(__m512 x, __mmask16 lanes) {
+  const auto all = [](float number) { return _mm512_set1_ps(number); };
+  lanes = _mm512_mask_cmp_ps_mask(lanes, x, all(-86.5f), _CMP_NLT_UQ);
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_fmadd_ps(all(9.5701011693e-3f), r, all(5.5917860261e-2f));
+  p = _mm512_fmadd_ps(p, r, all(2.4024744846e-1f));
+  p = _mm512_fmadd_ps(p, r, all(6.9312181475e-1f));
+  p = _mm512_fmadd_ps(p, r, all(9.9999926144e-1f));
+  return _mm512_maskz_scalef_ps(lanes, p, n);
+}
+
+inline void store(bf16* to, __m512 x) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(x);
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+
+// Sixteen of one row and of another, rounded: first those of the one, then those of the other.
+inline __m512i both_of(__m512 one, __m512 other) { return (__m512i)_mm512_cvtne2ps_pbh(other, one); }
+
+// The same as pairs: word j holds (one[j], other[j]).
+inline __m512i paired(__m512i both) {
+  alignas(64) static constexpr uint16_t PLACES[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(PLACES), both);
+}
+
+}  // namespace
+#endif
