@@ -22,10 +22,14 @@ from tunewise.layers.linear import is_linear
 from tunewise.layers.lora import LoRALinear
 
 OUTSIDE = "other"
-INT8_PRODUCTS = {"tunewise::int8_matmul": 0, "tunewise::int8_matmul_": 1}
-"""Products in 8 bits, and where their rows stand among their operands; two places after them stands the weight."""
+INT8_IN_PLACE = ("tunewise::int8_matmul_", "tunewise::int8_matmul_packed_")
+INT8_PRODUCTS = ("tunewise::int8_matmul", *INT8_IN_PLACE)
+
+THIN_PRODUCTS = {"tunewise::thin_gradient": 1, "tunewise::thin_gradient_and_product_": 2, "tunewise::thin_update_": 1}
+"""Products of rows, their first operand, with their thin side, the second; and how many of them."""
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "tunewise::quantize_rows", *INT8_PRODUCTS}
+PRODUCTS |= {"tunewise::thin_product", *THIN_PRODUCTS}
 """Operators that are linear layers' work wherever they stand, but for the loss."""
 DOCUMENT_ATTENTION = {"tunewise::document_attention_": (6, 2), "tunewise::document_attention_backward_": (10, 5)}
 """Where the documents' counts stand among the operands, and how many products a pair of query and key goes through."""
@@ -146,9 +150,17 @@ def _flops(event: Any) -> float:
     if event.name == "aten::addmm_":
         (rows, inner), (_, columns) = event.input_shapes[1:3]
         return 2.0 * rows * inner * columns
+    if event.name == "tunewise::thin_product":
+        (rows, inner), factor = event.input_shapes[:2]
+        return 2.0 * rows * inner * (factor[0] if factor[1] == inner else factor[1])
+    if event.name in THIN_PRODUCTS:
+        (rows, inner), (_, thin) = event.input_shapes[:2]
+        return 2.0 * rows * inner * thin * THIN_PRODUCTS[event.name]
+    if event.name in INT8_IN_PLACE:
+        (rows, columns), (_, inner) = event.input_shapes[:2]
+        return 2.0 * rows * columns * inner
     if event.name in INT8_PRODUCTS:
-        first = INT8_PRODUCTS[event.name]
-        (rows, _), (one, other) = event.input_shapes[first], event.input_shapes[first + 2]
+        (rows, _), (one, other) = event.input_shapes[0], event.input_shapes[2]
         return 2.0 * rows * one * other
     if event.name in DOCUMENT_ATTENTION:
         first, products = DOCUMENT_ATTENTION[event.name]

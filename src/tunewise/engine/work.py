@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tunewise.layers import document_kernel, int8
+from tunewise.layers import document_kernel, int8, thin
 
 aten = torch.ops.aten
 
@@ -24,7 +24,14 @@ _DOCUMENT_ATTENTION = {  # where their counts stand among the arguments, and how
     document_kernel.forward_kernel_.overloadpacket: (6, 2),
     document_kernel.backward_kernel_.overloadpacket: (10, 5),
 }
-_INT8_PRODUCTS = (int8.matmul_kernel.overloadpacket, int8.matmul_kernel_.overloadpacket, aten._int_mm)
+_INT8_IN_PLACE = (int8.matmul_kernel_.overloadpacket, int8.matmul_packed_.overloadpacket)
+_INT8_PRODUCTS = (int8.matmul_kernel.overloadpacket, *_INT8_IN_PLACE, aten._int_mm)
+
+_THIN_PRODUCTS = {  # how many products of rows (T, K), the first argument, with their thin side (T, R), the second
+    thin.gradient_kernel.overloadpacket: 1,
+    thin.gradient_and_product_kernel_.overloadpacket: 2,
+    thin.update_kernel_.overloadpacket: 1,
+}
 
 
 class WorkKey(NamedTuple):
@@ -104,8 +111,12 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
     if packet is aten._grouped_mm:
         return _grouped_flops(args[0], args[1])
     if packet in _INT8_PRODUCTS:
-        rows, product = (args[1], args[0]) if packet is _INT8_PRODUCTS[1] else (args[0], output)
+        rows, product = (args[1], args[0]) if packet in _INT8_IN_PLACE else (args[0], output)
         return 2 * int(product.numel()) * int(rows.shape[1])
+    if packet is thin.product_kernel.overloadpacket:
+        return 2 * int(args[0].shape[1]) * int(output.numel())
+    if packet in _THIN_PRODUCTS:
+        return 2 * int(args[0].numel()) * int(args[1].shape[1]) * _THIN_PRODUCTS[packet]
     if packet in _DOCUMENT_ATTENTION:
         first, products = _DOCUMENT_ATTENTION[packet]
         counts, lengths, heads, _, size, window = args[first : first + 6]

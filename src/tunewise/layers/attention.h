@@ -24,7 +24,6 @@ namespace {
 constexpr int64_t KEYS = 512;
 constexpr int64_t QUERIES = 48;
 constexpr int64_t LINE = KEYS + 16;  // words from a pair of queries to the next: powers of two meet in few places of a cache
-constexpr float LOG2_E = 1.44269504088896341f;
 
 // One head of queries, what it asks of its document, and what it gave.
 struct Head {
@@ -103,7 +102,7 @@ inline float weigh(const float* s, bf16* w, const Seen& seen, const Span& span, 
   for (int64_t j = 0; j < count; j += 16) {
     const __m512 e = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, shift), lanes(j));
     sum_of = _mm512_add_ps(sum_of, e);
-    store(w + j, e);
+    store16(w + j, e);
   }
   const float share = before == most || before == -INFINITY ? 1.0f : std::exp2((before - most) * factor);
   sum = sum * share + _mm512_reduce_add_ps(sum_of);

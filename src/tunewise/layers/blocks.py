@@ -93,7 +93,8 @@ class FusedAttention(Twin):
         query_TX, key_TX, value_TX = (part.flatten(0, 1) for part in (query, key, value))
         rotary = (cos_TD, sin_TD)
         output_TX = attend(query_TX, key_TX, value_TX, plan, heads, self.scaling, self.window or 0, rotary)
-        return self.o_proj(output_TX.view(rows, width, -1)), None
+        (output,) = siblings(output_TX.view(rows, width, -1), (self.o_proj,))
+        return output, None
 
     @staticmethod
     def _per_token(part: Tensor, rows: int, dtype: torch.dtype) -> Tensor:

@@ -17,11 +17,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunewise.layers import native
 from tunewise.layers.fused import define
 from tunewise.layers.native import call
 
 Rows = tuple[Tensor, Tensor]
 """Rows in 8 bits: int8 (M, K), and the scale of each, fp32 (M,)."""
+
+PANEL = 64
+"""Outputs that the kernel computes at once."""
+
+_PACKED = 2
+"""The kernel's name for a weight that is stored as its panels."""
 
 
 def _quantize_rows(x_MK: Tensor, col_scale_K: Tensor | None) -> Rows:
@@ -62,6 +69,31 @@ def _fake_matmul(
     return rows_MK.new_empty((len(rows_MK), weight.shape[1 if by_columns else 0]), dtype=dtype)
 
 
+def _pack(weight: Tensor, by_columns: bool, is_unsigned: bool) -> Tensor:
+    panels = _fake_pack(weight, by_columns, is_unsigned)
+    outputs, inputs = reversed(weight.shape) if by_columns else weight.shape
+    pack = native.library().int8_pack
+    pack.restype = None
+    pack(*map(native.argument, (weight, panels)), *map(native.argument, (outputs, inputs, by_columns, is_unsigned)))
+    return panels
+
+
+def _fake_pack(weight: Tensor, by_columns: bool, is_unsigned: bool) -> Tensor:
+    del is_unsigned
+    outputs, inputs = reversed(weight.shape) if by_columns else weight.shape
+    return weight.new_empty(-(-outputs // PANEL), -(-inputs // 4), PANEL * 4, dtype=torch.uint8)
+
+
+def _matmul_packed_(
+    out_MN: Tensor, rows_MK: Tensor, scale_M: Tensor, panels: Tensor, col_scale_N: Tensor | None
+) -> None:
+    sizes = (len(rows_MK), out_MN.shape[1], rows_MK.shape[1])
+    if panels.shape != (-(-sizes[1] // PANEL), -(-sizes[2] // 4), PANEL * 4):
+        raise ValueError(f"panels of {tuple(panels.shape)} are not for {sizes[2]} inputs and {sizes[1]} outputs")
+    rows = (rows_MK, int(rows_MK.dtype == torch.uint8), rows_MK.stride(0), scale_M)
+    call("int8_matmul", out_MN.dtype, *rows, panels, col_scale_N, out_MN, *sizes, _PACKED, 0)
+
+
 _quantize_rows_kernel = define(
     "quantize_rows(Tensor x, Tensor? col_scale) -> (Tensor, Tensor)", _quantize_rows, _fake_quantize_rows
 )
@@ -77,6 +109,16 @@ matmul_kernel_ = define(
     _matmul_,
     lambda out, rows, scale, weight, col_scale, by_columns, adds: None,
 )
+pack = define("int8_pack(Tensor weight, bool by_columns, bool is_unsigned) -> Tensor", _pack, _fake_pack)
+"""Put a weight, int8 (N, K) or with `by_columns` (K, N), in the order of the kernel's instructions, for signed rows or
+for unsigned ones: worth its memory where few rows come at a time. uint8, as large as the weight, but for its edges."""
+
+matmul_packed_ = define(
+    "int8_matmul_packed_(Tensor(a!) out, Tensor rows, Tensor scale, Tensor panels, Tensor? col_scale) -> ()",
+    _matmul_packed_,
+    lambda out, rows, scale, panels, col_scale: None,
+)
+"""Write the product of rows with a packed weight to `out` (contiguous)."""
 
 
 def quantize_rows(x_MK: Tensor, uses_kernel: bool, col_scale_K: Tensor | None = None) -> Rows:

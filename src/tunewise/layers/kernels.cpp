@@ -1,9 +1,11 @@
-// Loops over rows that torch's operators would do in several passes: norms, SwiGLU, rotary positions, softmax of
-// causal scores, cross entropy. Compiled on the user's machine by `native.py`; every function has its plain twin in
-// tests/unit/layers/test_fused.py. Numbers are computed in fp32 and stored as they came, fp32 or bf16.
+// Loops over rows that torch's operators would do in several passes: norms, SwiGLU, cross entropy. Compiled on the user's
+// machine by `native.py`; every function has its plain twin in tests/unit/layers/test_fused.py. Numbers are computed in
+// fp32 and stored as they came, fp32 or bf16; for bf16, which compilers vectorize badly, sixteen at once where the
+// processor has the instructions.
 //
-// T rows (tokens), D columns, H heads, V vocabulary. All tensors are contiguous unless a stride is given.
+// T rows (tokens), D columns, V vocabulary. All tensors are contiguous unless a stride is given.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +14,7 @@
 #include <omp.h>
 
 #include "numbers.h"
+#include "vectors.h"
 
 namespace {
 
@@ -33,6 +36,59 @@ void rms_norm(const S* x, const S* w, S* y, float* scale, int64_t T, int64_t D, 
   }
 }
 
+#ifdef __AVX512BF16__
+template <>
+void rms_norm(const bf16* x, const bf16* w, bf16* y, float* scale, int64_t T, int64_t D, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    const bf16* row = x + t * D;
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t d = 0; d < D; d += 16) {
+      const __m512 a = load16(row + d, first_of(D - d));
+      squares = _mm512_fmadd_ps(a, a, squares);
+    }
+    scale[t] = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(D) + eps);
+    const __m512 r = all_of(scale[t]);
+    for (int64_t d = 0; d < D; d += 16) {
+      const __mmask16 lanes = first_of(D - d);
+      const __m512 n = _mm512_mul_ps(load16(row + d, lanes), r);
+      store16(y + t * D + d, _mm512_mul_ps(load16(w + d, lanes), n), lanes);
+    }
+  }
+}
+#endif
+
+template <class S>
+void rms_norm_row_backward(const S* grad, const S* row, const S* w, float r, S* dx, int64_t D) {
+  float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t d = 0; d < D; ++d) dot += load(grad + d) * load(w + d) * load(row + d);
+  const float mean = dot * r / static_cast<float>(D);
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d)
+    store(dx + d, r * (load(grad + d) * load(w + d) - load(row + d) * r * mean));
+}
+
+#ifdef __AVX512BF16__
+template <>
+void rms_norm_row_backward(const bf16* grad, const bf16* row, const bf16* w, float r, bf16* dx, int64_t D) {
+  __m512 dots = _mm512_setzero_ps();
+  const auto weighed = [&](int64_t d, __mmask16 lanes) {
+    return _mm512_mul_ps(load16(grad + d, lanes), load16(w + d, lanes));
+  };
+  for (int64_t d = 0; d < D; d += 16) {
+    const __mmask16 lanes = first_of(D - d);
+    dots = _mm512_fmadd_ps(weighed(d, lanes), load16(row + d, lanes), dots);
+  }
+  const __m512 mean = all_of(_mm512_reduce_add_ps(dots) * r / static_cast<float>(D) * r);
+  for (int64_t d = 0; d < D; d += 16) {
+    const __mmask16 lanes = first_of(D - d);
+    const __m512 off = _mm512_fnmadd_ps(load16(row + d, lanes), mean, weighed(d, lanes));
+    store16(dx + d, _mm512_mul_ps(off, all_of(r)), lanes);
+  }
+}
+#endif
+
 // dx = r (g w - n mean(g w n)) with n = x r; dw = sum over rows of g n, where `weight_grad` is there.
 template <class S>
 void rms_norm_backward(const S* g, const S* x, const S* w, const float* scale, S* dx, float* weight_grad, int64_t T,
@@ -46,13 +102,7 @@ void rms_norm_backward(const S* g, const S* x, const S* w, const float* scale, S
     for (int64_t t = 0; t < T; ++t) {
       const S *grad = g + t * D, *row = x + t * D;
       const float r = scale[t];
-      float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < D; ++d) dot += load(grad + d) * load(w + d) * load(row + d);
-      const float mean = dot * r / static_cast<float>(D);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d)
-        store(dx + t * D + d, r * (load(grad + d) * load(w + d) - load(row + d) * r * mean));
+      rms_norm_row_backward(grad, row, w, r, dx + t * D, D);
       if (weight_grad) {
         float* sum = part.data();
 #pragma omp simd
@@ -84,6 +134,19 @@ void swiglu(const S* gate, const S* up, S* y, int64_t N) {
   }
 }
 
+#ifdef __AVX512BF16__
+template <>
+void swiglu(const bf16* gate, const bf16* up, bf16* y, int64_t N) {
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < N; first += PIECE)
+    for (int64_t n = first; n < std::min(first + PIECE, N); n += 16) {
+      const __mmask16 lanes = first_of(N - n);
+      const __m512 a = load16(gate + n, lanes);
+      store16(y + n, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid_of(a)), load16(up + n, lanes)), lanes);
+    }
+}
+#endif
+
 // The gradients may take the places of gate and up.
 template <class S>
 void swiglu_backward(const S* g, const S* gate, const S* up, S* gate_grad, S* up_grad, int64_t N) {
@@ -100,150 +163,21 @@ void swiglu_backward(const S* g, const S* gate, const S* up, S* gate_grad, S* up
   }
 }
 
-// Rotary positions: (a, b) -> (a cos - b sin, b cos + a sin) for the two halves of a head; `back` is the transpose.
-template <class S>
-inline void head_of(const S* in, S* out, const S* cos, const S* sin, int64_t D, bool back) {
-  if (!cos) {
-    std::memcpy(out, in, D * sizeof(S));
-    return;
-  }
-  const int64_t half = D / 2;
-#pragma omp simd
-  for (int64_t d = 0; d < half; ++d) {
-    const float a = load(in + d), b = load(in + half + d);
-    const float c = load(cos + d), e = load(cos + half + d), s = load(sin + d), u = load(sin + half + d);
-    store(out + d, back ? a * c + b * u : a * c - b * s);
-    store(out + half + d, back ? b * e - a * s : b * e + a * u);
-  }
-}
-
-// From rows of tokens (H heads side by side) to documents: (document, head, position, D). `token` says which token
-// stands in a slot (-1: none, and zeros), `start` the first slot of its document and `length` how many there are.
-template <class S>
-void gather(const S* rows, int64_t stride, S* out, const S* cos, const S* sin, const int64_t* token,
-            const int64_t* start, const int64_t* length, int64_t slots, int64_t H, int64_t D) {
+#ifdef __AVX512BF16__
+template <>
+void swiglu_backward(const bf16* g, const bf16* gate, const bf16* up, bf16* gate_grad, bf16* up_grad, int64_t N) {
 #pragma omp parallel for schedule(static)
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    const int64_t t = token[slot];
-    S* first = out + start[slot] * H * D + (slot - start[slot]) * D;
-    if (t < 0) {
-      for (int64_t h = 0; h < H; ++h)
-        for (int64_t d = 0; d < D; ++d) store(first + h * length[slot] * D + d, 0.0f);
-      continue;
+  for (int64_t first = 0; first < N; first += PIECE)
+    for (int64_t n = first; n < std::min(first + PIECE, N); n += 16) {
+      const __mmask16 lanes = first_of(N - n);
+      const __m512 a = load16(gate + n, lanes), grad = load16(g + n, lanes), u = load16(up + n, lanes);
+      const __m512 s = sigmoid_of(a), one = all_of(1.0f);
+      const __m512 slope = _mm512_fmadd_ps(a, _mm512_sub_ps(one, s), one), of_up = _mm512_mul_ps(grad, s);
+      store16(up_grad + n, _mm512_mul_ps(of_up, a), lanes);
+      store16(gate_grad + n, _mm512_mul_ps(_mm512_mul_ps(of_up, u), slope), lanes);
     }
-    for (int64_t h = 0; h < H; ++h)
-      head_of(rows + t * stride + h * D, first + h * length[slot] * D, cos ? cos + t * D : nullptr,
-              sin ? sin + t * D : nullptr, D, false);
-  }
 }
-
-// The way back; `slot_of` says where a token stands, `slots` for padding, which gets zeros.
-template <class S>
-void scatter(const S* in, S* rows, int64_t stride, const S* cos, const S* sin, const int64_t* slot_of,
-             const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D) {
-#pragma omp parallel for schedule(static)
-  for (int64_t t = 0; t < T; ++t) {
-    const int64_t slot = slot_of[t];
-    S* out = rows + t * stride;
-    if (slot >= slots) {
-      for (int64_t d = 0; d < H * D; ++d) store(out + d, 0.0f);
-      continue;
-    }
-    const S* first = in + start[slot] * H * D + (slot - start[slot]) * D;
-    for (int64_t h = 0; h < H; ++h)
-      head_of(first + h * length[slot] * D, out + h * D, cos ? cos + t * D : nullptr, sin ? sin + t * D : nullptr, D,
-              true);
-  }
-}
-
-// Scalar products of two rows of tokens, head by head, in the place of a slot: (document, head, position).
-template <class S>
-void dots(const S* one, const S* other, int64_t stride, int64_t other_stride, float* out, const int64_t* slot_of,
-          const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D) {
-#pragma omp parallel for schedule(static)
-  for (int64_t t = 0; t < T; ++t) {
-    const int64_t slot = slot_of[t];
-    if (slot >= slots) continue;
-    float* first = out + start[slot] * H + (slot - start[slot]);
-    for (int64_t h = 0; h < H; ++h) {
-      const S *a = one + t * stride + h * D, *b = other + t * other_stride + h * D;
-      float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < D; ++d) sum += load(a + d) * load(b + d);
-      first[h * length[slot]] = sum;
-    }
-  }
-}
-
-// Which keys a row of scores sees: rows are `queries` positions from `first` on, again and again.
-struct Range {
-  int64_t begin, end;
-};
-inline Range visible(int64_t row, int64_t queries, int64_t first, int64_t window) {
-  const int64_t q = first + row % queries;
-  return {window > 0 && q + 1 > window ? q + 1 - window : 0, q + 1};
-}
-
-// Scores become weights; `log_sum` keeps log(sum(exp(scale * score))) of each row.
-template <class S>
-void causal_softmax(S* scores, float* log_sum, int64_t rows, int64_t K, int64_t queries, int64_t first,
-                    int64_t window, float scale) {
-#pragma omp parallel
-  {
-    std::vector<float> held(K);
-    float* e = held.data();
-#pragma omp for schedule(static, 16)
-    for (int64_t row = 0; row < rows; ++row) {
-      S* s = scores + row * K;
-      const Range keys = visible(row, queries, first, window);
-      float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-      for (int64_t k = keys.begin; k < keys.end; ++k) most = load(s + k) > most ? load(s + k) : most;
-      float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t k = keys.begin; k < keys.end; ++k) {
-        e[k] = exp_of((load(s + k) - most) * scale);
-        sum += e[k];
-      }
-      const float share = 1.0f / sum;
-      for (int64_t k = 0; k < keys.begin; ++k) store(s + k, 0.0f);
-#pragma omp simd
-      for (int64_t k = keys.begin; k < keys.end; ++k) store(s + k, e[k] * share);
-      for (int64_t k = keys.end; k < K; ++k) store(s + k, 0.0f);
-      log_sum[row] = most * scale + std::log(sum);
-    }
-  }
-}
-
-// Scores become weights P again and `grad`, dP, becomes the scores' gradient: scale * P (dP - sum(P dP)).
-template <class S>
-void causal_softmax_backward(S* scores, S* grad, const float* log_sum, int64_t rows, int64_t K, int64_t queries,
-                             int64_t first, int64_t window, float scale) {
-#pragma omp parallel
-  {
-    std::vector<float> held(K);
-    float* p = held.data();
-#pragma omp for schedule(static, 16)
-    for (int64_t row = 0; row < rows; ++row) {
-      S *s = scores + row * K, *g = grad + row * K;
-      const Range keys = visible(row, queries, first, window);
-      const float log_of_sum = log_sum[row];
-      float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t k = keys.begin; k < keys.end; ++k) {
-        p[k] = exp_of(load(s + k) * scale - log_of_sum);
-        dot += p[k] * load(g + k);
-      }
-      for (int64_t k = 0; k < keys.begin; ++k) store(s + k, 0.0f), store(g + k, 0.0f);
-#pragma omp simd
-      for (int64_t k = keys.begin; k < keys.end; ++k) {
-        store(g + k, p[k] * (load(g + k) - dot) * scale);
-        store(s + k, p[k]);
-      }
-      for (int64_t k = keys.end; k < K; ++k) store(s + k, 0.0f), store(g + k, 0.0f);
-    }
-  }
-}
+#endif
 
 // Cross entropy of each row with its gradient in the logits' place; the logits count `scale` times.
 template <class S>
@@ -266,6 +200,36 @@ void cross_entropy(S* logits, const int64_t* labels, float* loss, int64_t T, int
   }
 }
 
+#ifdef __AVX512BF16__
+template <>
+void cross_entropy(bf16* logits, const int64_t* labels, float* loss, int64_t T, int64_t V, float scale) {
+  const __m512 factor = all_of(scale * LOG2_E);
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    bf16* row = logits + t * V;
+    __m512 most_of = all_of(-INFINITY), sum_of = _mm512_setzero_ps();
+    for (int64_t v = 0; v < V; v += 16) {
+      const __mmask16 lanes = first_of(V - v);
+      most_of = _mm512_mask_max_ps(most_of, lanes, most_of, load16(row + v, lanes));
+    }
+    const float most = _mm512_reduce_max_ps(most_of);
+    const __m512 top = all_of(most);
+    const auto power = [&](int64_t v, __mmask16 lanes) {
+      return exp2_of(_mm512_mul_ps(_mm512_sub_ps(load16(row + v, lanes), top), factor), lanes);
+    };
+    for (int64_t v = 0; v < V; v += 16) sum_of = _mm512_add_ps(sum_of, power(v, first_of(V - v)));
+    const float sum = _mm512_reduce_add_ps(sum_of), target = load(row + labels[t]);
+    loss[t] = std::log(sum) - (target - most) * scale;
+    const __m512 share = all_of(scale / sum);
+    for (int64_t v = 0; v < V; v += 16) {
+      const __mmask16 lanes = first_of(V - v);
+      store16(row + v, _mm512_mul_ps(power(v, lanes), share), lanes);
+    }
+    store(row + labels[t], scale * std::expm1(-loss[t]));  // p - 1 without cancellation
+  }
+}
+#endif
+
 }  // namespace
 
 FOR_BOTH(rms_norm, (const void* x, const void* w, void* y, float* scale, int64_t T, int64_t D, float eps),
@@ -277,25 +241,5 @@ FOR_BOTH(swiglu, (const void* gate, const void* up, void* y, int64_t N), (IN(gat
 FOR_BOTH(swiglu_backward,
          (const void* g, const void* gate, const void* up, void* gate_grad, void* up_grad, int64_t N),
          (IN(g), IN(gate), IN(up), OUT(gate_grad), OUT(up_grad), N))
-FOR_BOTH(gather,
-         (const void* rows, int64_t stride, void* out, const void* cos, const void* sin, const int64_t* token,
-          const int64_t* start, const int64_t* length, int64_t slots, int64_t H, int64_t D),
-         (IN(rows), stride, OUT(out), IN(cos), IN(sin), token, start, length, slots, H, D))
-FOR_BOTH(scatter,
-         (const void* in, void* rows, int64_t stride, const void* cos, const void* sin, const int64_t* slot_of,
-          const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D),
-         (IN(in), OUT(rows), stride, IN(cos), IN(sin), slot_of, start, length, slots, T, H, D))
-FOR_BOTH(dots,
-         (const void* one, const void* other, int64_t stride, int64_t other_stride, float* out, const int64_t* slot_of,
-          const int64_t* start, const int64_t* length, int64_t slots, int64_t T, int64_t H, int64_t D),
-         (IN(one), IN(other), stride, other_stride, out, slot_of, start, length, slots, T, H, D))
-FOR_BOTH(causal_softmax,
-         (void* scores, float* log_sum, int64_t rows, int64_t K, int64_t queries, int64_t first, int64_t window,
-          float scale),
-         (OUT(scores), log_sum, rows, K, queries, first, window, scale))
-FOR_BOTH(causal_softmax_backward,
-         (void* scores, void* grad, const float* log_sum, int64_t rows, int64_t K, int64_t queries, int64_t first,
-          int64_t window, float scale),
-         (OUT(scores), OUT(grad), log_sum, rows, K, queries, first, window, scale))
 FOR_BOTH(cross_entropy, (void* logits, const int64_t* labels, float* loss, int64_t T, int64_t V, float scale),
          (OUT(logits), labels, loss, T, V, scale))

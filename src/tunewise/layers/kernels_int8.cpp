@@ -4,7 +4,8 @@
 //   out[m][n] = (sum over k of a[m][k] w[n][k]) * row_scale[m] * col_scale[n]      the sum exact, in int32
 //
 // The weight is stored once and read in either direction (w[n][k] forward, w[k][n] for the input's gradient): a piece of
-// it is put in the order of the instructions on the way, which costs little beside the rows that meet it. AVX-512 VNNI
+// it is put in the order of the instructions on the way, which costs little beside the rows that meet it, unless these are
+// few: for them, a weight can be stored as its panels (`int8_pack`), for one direction. AVX-512 VNNI
 // multiplies unsigned by signed numbers, so beside signed rows the weight is shifted to w + 128 and 128 * sum(a) taken
 // off again; unsigned rows (probabilities) meet it as it is.
 //
@@ -192,6 +193,10 @@ template <int R, class A, class S>
 inline void rows_with_panel(const Operands<A>& of, const uint8_t* panel, int64_t m, int64_t n, int64_t held,
                             const Result<S>& result) {
   alignas(64) int32_t sums[R * COLS];
+  for (int r = 0; r < R; ++r) {
+    const char* out = reinterpret_cast<const char*>(result.out + (m + r) * result.N + n);
+    for (size_t b = 0; b < COLS * sizeof(S); b += 64) __builtin_prefetch(out + b, 1);
+  }
   sums_of<R>(of.a + m * of.lda, of.lda, panel, of.K, sums);
   for (int r = 0; r < R; ++r) {
     const int32_t shift = std::is_signed_v<A> ? of.shift[m - of.first_m + r] : 0;
@@ -212,20 +217,44 @@ inline void block_with_panel(const Operands<A>& of, const uint8_t* panel, int64_
   }
 }
 
-// `lda`: from one row of `a` to the next. `by_columns`: the weight is stored [K][N], else [N][K]. `adds`: onto what is in
-// `out`.
+enum Layout : int64_t { BY_ROWS, BY_COLUMNS, PACKED };
+
+// The weight's inputs [k, k + depth) for a panel's outputs. `weight` is stored as `layout` says, which is not PACKED.
+inline void fill_panel(const int8_t* weight, Layout layout, int64_t N, int64_t K, int64_t k, int64_t depth, int64_t n,
+                       uint32_t flip, uint8_t* panel) {
+  const int64_t held = std::min(COLS, N - n);
+  if (layout == BY_COLUMNS) panel_of_columns(weight + k * N + n, N, depth, held, flip, panel);
+  else panel_of_rows(weight + n * K + k, K, depth, held, flip, panel);
+}
+
+template <class A>
+constexpr uint32_t FLIP = std::is_signed_v<A> ? 0x80808080u : 0u;
+
+inline int64_t bytes_of(int64_t depth) { return (depth + 3) / 4 * 4 * COLS; }
+
+// All panels of a weight, piece after piece of its inputs: PACKED.
+void pack(const int8_t* weight, Layout layout, int64_t N, int64_t K, uint32_t flip, uint8_t* out) {
+  const int64_t panels = (N + COLS - 1) / COLS;
+#pragma omp parallel for schedule(static) collapse(2)
+  for (int64_t k = 0; k < K; k += DEPTH)
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t depth = std::min(DEPTH, K - k);
+      fill_panel(weight, layout, N, K, k, depth, p * COLS, flip, out + k * COLS * panels + p * bytes_of(depth));
+    }
+}
+
+// `lda`: from one row of `a` to the next. `adds`: onto what is in `out`.
 template <class S, class A>
-void matmul(const A* a, int64_t lda, const float* row_scale, const int8_t* weight, const float* col_scale, S* out,
-            int64_t M, int64_t N, int64_t K, bool by_columns, bool adds) {
-  const uint32_t flip = std::is_signed_v<A> ? 0x80808080u : 0u;
+void matmul(const A* a, int64_t lda, const float* row_scale, const void* weight, const float* col_scale, S* out,
+            int64_t M, int64_t N, int64_t K, Layout layout, bool adds) {
   const int64_t panels = (N + COLS - 1) / COLS, pieces = (K + DEPTH - 1) / DEPTH;
   const int64_t rows = pieces > 1 ? std::min(M, PARTIAL_ROWS) : M;
-  const int64_t panel_bytes = (std::min(K, DEPTH) + 3) / 4 * 4 * COLS;
-  const int64_t panels_at_once = std::clamp<int64_t>(ROOM / panel_bytes, 1, panels);
+  const int64_t most_bytes = bytes_of(std::min(K, DEPTH));
+  const int64_t panels_at_once = layout == PACKED ? panels : std::clamp<int64_t>(ROOM / most_bytes, 1, panels);
   static thread_local Room<uint8_t> panel_room;
   static thread_local Room<float> partial_room;
   static thread_local Room<int32_t> shift_room;
-  uint8_t* ready = panel_room.of(panels_at_once * panel_bytes);
+  uint8_t* made = layout == PACKED ? nullptr : panel_room.of(panels_at_once * most_bytes);
   float* partial = pieces > 1 ? partial_room.of(rows * N) : nullptr;
   int32_t* shift = shift_room.of(rows);
 #pragma omp parallel
@@ -233,7 +262,7 @@ void matmul(const A* a, int64_t lda, const float* row_scale, const int8_t* weigh
     const int64_t end_m = std::min(M, first_m + rows), blocks = (end_m - first_m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t even = (end_m - first_m + blocks - 1) / blocks, block_rows = (even + ROWS - 1) / ROWS * ROWS;
     for (int64_t k = 0; k < K; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, K - k);
+      const int64_t depth = std::min(DEPTH, K - k), bytes = bytes_of(depth);
       const Result<S> result{out, partial, row_scale, col_scale, k == 0, k + DEPTH >= K, adds, N};
       const Operands<A> of{a + k, lda, depth, shift, first_m};
       if constexpr (std::is_signed_v<A>) {
@@ -247,18 +276,18 @@ void matmul(const A* a, int64_t lda, const float* row_scale, const int8_t* weigh
       }
       for (int64_t first = 0; first < panels; first += panels_at_once) {
         const int64_t end = std::min(panels, first + panels_at_once);
+        const uint8_t* ready = layout == PACKED ? static_cast<const uint8_t*>(weight) + k * COLS * panels : made;
+        if (layout != PACKED) {
 #pragma omp for schedule(static)
-        for (int64_t p = first; p < end; ++p) {
-          const int64_t n = p * COLS, held = std::min(COLS, N - n);
-          uint8_t* panel = ready + (p - first) * panel_bytes;
-          if (by_columns) panel_of_columns(weight + k * N + n, N, depth, held, flip, panel);
-          else panel_of_rows(weight + n * K + k, K, depth, held, flip, panel);
+          for (int64_t p = first; p < end; ++p)
+            fill_panel(static_cast<const int8_t*>(weight), layout, N, K, k, depth, p * COLS, FLIP<A>,
+                       made + (p - first) * bytes);
         }
 #pragma omp for schedule(static) collapse(2)
         for (int64_t block = 0; block < blocks; ++block)
           for (int64_t p = first; p < end; ++p) {
             const int64_t n = p * COLS, m = first_m + block * block_rows;
-            block_with_panel(of, ready + (p - first) * panel_bytes, m, std::min(end_m, m + block_rows), n,
+            block_with_panel(of, ready + (p - first) * bytes, m, std::min(end_m, m + block_rows), n,
                              std::min(COLS, N - n), result);
           }
       }
@@ -267,10 +296,10 @@ void matmul(const A* a, int64_t lda, const float* row_scale, const int8_t* weigh
 }
 
 template <class S>
-void int8_matmul(const void* a, int64_t is_unsigned, int64_t lda, const float* row_scale, const int8_t* weight,
-                 const float* col_scale, S* out, int64_t M, int64_t N, int64_t K, int64_t by_columns, int64_t adds) {
+void int8_matmul(const void* a, int64_t is_unsigned, int64_t lda, const float* row_scale, const void* weight,
+                 const float* col_scale, S* out, int64_t M, int64_t N, int64_t K, int64_t layout, int64_t adds) {
   const auto multiply = [&](auto* rows) {
-    matmul(rows, lda, row_scale, weight, col_scale, out, M, N, K, by_columns != 0, adds != 0);
+    matmul(rows, lda, row_scale, weight, col_scale, out, M, N, K, static_cast<Layout>(layout), adds != 0);
   };
   if (is_unsigned) multiply(static_cast<const uint8_t*>(a));
   else multiply(static_cast<const int8_t*>(a));
@@ -280,6 +309,11 @@ void int8_matmul(const void* a, int64_t is_unsigned, int64_t lda, const float* r
 
 FOR_BOTH(int8_matmul,
          (const void* a, int64_t is_unsigned, int64_t lda, const float* row_scale, const void* weight,
-          const float* col_scale, void* out, int64_t M, int64_t N, int64_t K, int64_t by_columns, int64_t adds),
-         (a, is_unsigned, lda, row_scale, static_cast<const int8_t*>(weight), col_scale, OUT(out), M, N, K, by_columns,
-          adds))
+          const float* col_scale, void* out, int64_t M, int64_t N, int64_t K, int64_t layout, int64_t adds),
+         (a, is_unsigned, lda, row_scale, weight, col_scale, OUT(out), M, N, K, layout, adds))
+
+// Panels of N outputs and K inputs, 64 * ceil(N / 64) * ceil(K / 4) * 4 bytes, for unsigned rows or for signed ones.
+extern "C" void int8_pack(const void* weight, void* out, int64_t N, int64_t K, int64_t layout, int64_t is_unsigned) {
+  pack(static_cast<const int8_t*>(weight), static_cast<Layout>(layout), N, K, is_unsigned ? FLIP<uint8_t> : FLIP<int8_t>,
+       static_cast<uint8_t*>(out));
+}

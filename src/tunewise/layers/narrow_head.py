@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewise.layers.fused import define
-from tunewise.layers.int8 import matmul, matmul_into_, quantize_rows
+from tunewise.layers.int8 import Rows, matmul, matmul_into_, matmul_packed_, pack, quantize_rows
 from tunewise.layers.native import call
 
 STEPS = 255
@@ -104,30 +104,48 @@ class NarrowHead:
     """A copy in 8 bits of a frozen output head's weight.
 
     Attributes:
-        weight_VD: int8.
+        weight_VD: int8; None where it is kept as panels.
         scale_V: fp32, of each row.
+        panels: the weight in the order of the compiled kernel, for logits and for the hidden states' gradient: a chunk
+            of tokens meets all of it, and to order it anew takes a tenth of their products.
     """
 
-    weight_VD: Tensor
+    weight_VD: Tensor | None
     scale_V: Tensor
+    panels: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     @torch.no_grad()
-    def of(output: nn.Linear) -> NarrowHead:
-        """Round the weight of `output`, some rows at a time."""
+    def of(output: nn.Linear, packs: bool = False) -> NarrowHead:
+        """Round the weight of `output`, some rows at a time; with `packs` for the compiled kernel alone."""
         weight_VD = output.weight.detach()
-        head = NarrowHead(
-            torch.empty_like(weight_VD, dtype=torch.int8), weight_VD.new_empty(len(weight_VD), dtype=torch.float32)
-        )
+        narrow_VD = torch.empty_like(weight_VD, dtype=torch.int8)
+        scale_V = weight_VD.new_empty(len(weight_VD), dtype=torch.float32)
         for start in range(0, len(weight_VD), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
-            head.weight_VD[part], head.scale_V[part] = quantize_rows(weight_VD[part], False)
-        return head
+            narrow_VD[part], scale_V[part] = quantize_rows(weight_VD[part], False)
+        if not packs:
+            return NarrowHead(narrow_VD, scale_V)
+        return NarrowHead(None, scale_V, (pack(narrow_VD, False, False), pack(narrow_VD, True, True)))
 
     @property
     def stored_bytes(self) -> int:
         """What the copy takes in memory."""
-        return self.weight_VD.nbytes + self.scale_V.nbytes
+        return sum(held.nbytes for held in (self.weight_VD, self.scale_V, *(self.panels or ())) if held is not None)
+
+    def _logits_(self, out_CV: Tensor, hidden: Rows, uses_kernel: bool) -> None:
+        if self.panels is not None:
+            matmul_packed_(out_CV, *hidden, self.panels[0], self.scale_V)
+        elif self.weight_VD is not None:
+            matmul_into_(out_CV, hidden, self.weight_VD, self.scale_V, uses_kernel)
+
+    def _gradient(self, rows: Rows, dtype: torch.dtype, size: int, uses_kernel: bool) -> Tensor:
+        if self.panels is not None:
+            grad_CD = rows[1].new_empty(len(rows[1]), size, dtype=dtype)
+            matmul_packed_(grad_CD, *rows, self.panels[1], None)
+            return grad_CD
+        assert self.weight_VD is not None
+        return matmul(rows, self.weight_VD, None, dtype, uses_kernel, by_columns=True)
 
     def loss_and_gradient(
         self,
@@ -146,15 +164,15 @@ class NarrowHead:
             output: the head's own weight (V, D), for the label's exact part, and bias, in that dtype.
             scale: factor on the logits.
             room_CV: contiguous memory for the logits, in that dtype.
-            uses_kernel: whether the compiled kernels compute, or torch's own operations.
+            uses_kernel: whether the compiled kernels compute, or torch's own operations, which need `weight_VD`.
         """
         weight_VD, bias_V = output
-        matmul_into_(room_CV, quantize_rows(hidden_CD, uses_kernel), self.weight_VD, self.scale_V, uses_kernel)
+        self._logits_(room_CV, quantize_rows(hidden_CD, uses_kernel), uses_kernel)
         if bias_V is not None:
             room_CV.add_(bias_V)
         rows_CV, row_scale_C, label_grad_C, loss_C = round_gradient_(
             room_CV, labels_C, self.scale_V, scale, uses_kernel
         )
-        grad_CD = matmul((rows_CV, row_scale_C), self.weight_VD, None, hidden_CD.dtype, uses_kernel, by_columns=True)
+        grad_CD = self._gradient((rows_CV, row_scale_C), hidden_CD.dtype, hidden_CD.shape[1], uses_kernel)
         grad_CD.addcmul_(weight_VD.index_select(0, labels_C), label_grad_C[:, None].to(grad_CD.dtype))
         return loss_C.sum(), grad_CD

@@ -24,10 +24,12 @@ from torch import Tensor
 from tunewise.errors import Conflict
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp")
-    for name in ("kernels", "kernels_rounding", "kernels_int8", "kernels_attention")
+    Path(__file__).with_name(f"kernels{name}.cpp")
+    for name in ("", "_rounding", "_int8", "_documents", "_attention", "_thin")
 )
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "panels", "pairs", "attention"))
+HEADERS = tuple(
+    Path(__file__).with_name(f"{name}.h") for name in ("numbers", "vectors", "panels", "pairs", "attention")
+)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 LIBRARIES = ("-lstdc++",)
@@ -123,10 +125,11 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None)
     """Call a kernel: tensors as the addresses of their numbers (None: a null pointer), ints as int64."""
     function: Any = getattr(library(), f"{name}_{SUFFIXES[dtype]}")
     function.restype = None
-    function(*map(_argument, arguments))
+    function(*map(argument, arguments))
 
 
-def _argument(value: Tensor | int | float | None) -> Any:
+def argument(value: Tensor | int | float | None) -> Any:
+    """Return what a kernel is called with."""
     if value is None:
         return ctypes.c_void_p(None)
     if isinstance(value, Tensor):

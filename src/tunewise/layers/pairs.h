@@ -10,6 +10,7 @@
 
 #include "numbers.h"
 #include "panels.h"
+#include "vectors.h"
 
 namespace {
 
@@ -102,25 +103,6 @@ inline void along(const bf16* x, int64_t rows, int64_t D, uint32_t* out) {
       for (int64_t d = 0; d < D; ++d) pairs[d] = one[d].bits;
     }
   }
-}
-
-// 2^x of sixteen (relative error 3e-6, where bf16 has 2e-3), as `numbers.h` cuts its exponential: zero below e^-60; not a
-// number where x is none. Zero outside of `lanes`.
-inline __m512 exp2_of(__m512 x, __mmask16 lanes) {
-  const auto all = [](float number) { return _mm512_set1_ps(number); };
-  lanes = _mm512_mask_cmp_ps_mask(lanes, x, all(-86.5f), _CMP_NLT_UQ);
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_fmadd_ps(all(9.5701011693e-3f), r, all(5.5917860261e-2f));
-  p = _mm512_fmadd_ps(p, r, all(2.4024744846e-1f));
-  p = _mm512_fmadd_ps(p, r, all(6.9312181475e-1f));
-  p = _mm512_fmadd_ps(p, r, all(9.9999926144e-1f));
-  return _mm512_maskz_scalef_ps(lanes, p, n);
-}
-
-inline void store(bf16* to, __m512 x) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(x);
-  std::memcpy(to, &rounded, sizeof rounded);
 }
 
 // Sixteen of one row and of another, rounded: first those of the one, then those of the other.

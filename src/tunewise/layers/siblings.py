@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunewise.layers import thin
 from tunewise.layers.fused import SwiGLU, can_compute, swiglu, swiglu_backward_
 from tunewise.layers.linear import add_input_gradient, compute_dtype, without_view
 from tunewise.layers.lora import LoRALinear
@@ -78,10 +79,10 @@ class _Group:
 
     def forward(self, input_TI: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return x A^T of all siblings, (T, X), and their outputs."""
-        low_TX = input_TI @ self.a_XI.T
+        low_TX = thin.product(input_TI, self.a_XI)
         outputs = outputs_of([layer.base_layer for layer in self.layers], input_TI)
         for layer, output_TO, b_OR, part in zip(self.layers, outputs, self.b_OR, self.parts, strict=True):
-            output_TO.addmm_(low_TX[:, part], b_OR.T, alpha=layer.scale)
+            thin.update_(output_TO, low_TX[:, part], b_OR, by_columns=False, scale=layer.scale)
         return low_TX, outputs
 
     def backward(
@@ -92,13 +93,13 @@ class _Group:
         grad_TI: Tensor | None = None
         found: list[Tensor] = []
         for layer, grad_TO, b_OR, part in zip(self.layers, grads, self.b_OR, self.parts, strict=True):
-            grad_low_TX[:, part] = (grad_TO @ b_OR).mul_(layer.scale)
-            found.append((low_TX[:, part].T @ grad_TO).T.mul(layer.scale))
+            ends = (low_TX[:, part], b_OR, grad_low_TX[:, part])
+            found.append(thin.gradient_and_product_(grad_TO, *ends, layer.scale).T)
             if needs_input:
                 grad_TI = add_input_gradient(layer.base_layer, grad_TO, grad_TI)
         if grad_TI is not None:
-            grad_TI.addmm_(grad_low_TX, self.a_XI)
-        grad_a_XI = grad_low_TX.T @ input_TI
+            thin.update_(grad_TI, grad_low_TX, self.a_XI, by_columns=True)
+        grad_a_XI = thin.gradient(input_TI, grad_low_TX)
         factors: list[Tensor] = []
         for part, grad_b_OR in zip(self.parts, found, strict=True):
             factors += [grad_a_XI[part], grad_b_OR]

@@ -11,6 +11,7 @@ from tunewise.errors import Conflict
 from tunewise.layers.head import CausalHead
 from tunewise.layers.loss import supervised_loss, whole_loss
 from tunewise.layers.narrow_head import NarrowHead
+from tunewise.layers.native import SUFFIXES
 from tunewise.methods.method import Loss, Run
 from tunewise.methods.quantization import Quantize
 from tunewise.recipe import Fidelity, Method, PositiveInt, Recipe, Slot
@@ -104,7 +105,9 @@ def _narrow(run: Run, head: CausalHead) -> NarrowHead:
         )
     if any(parameter.requires_grad for parameter in output.parameters()):
         raise Conflict("quantize.head_compute: int8 needs an output head that is not trained. Leave it out.")
-    narrow = NarrowHead.of(output)
+    fused = next((method for method in run.recipe.methods or () if method.name == "fused"), None)
+    has_kernel = bool(getattr(fused, "loss", False)) and run.device.type == "cpu"
+    narrow = NarrowHead.of(output, has_kernel and (run.autocast_dtype or output.weight.dtype) in SUFFIXES)
     run.say(f"output head multiplied in 8 bits, with a copy of it: {format_bytes(narrow.stored_bytes)}")
     return narrow
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewise.layers import native
-from tunewise.layers.int8 import add_matmul_, matmul, quantize_rows
+from tunewise.layers.int8 import add_matmul_, matmul, matmul_packed_, pack, quantize_rows
 from tunewise.layers.int8_linear import Int8ProductLinear
 from tunewise.layers.lora import LoRALinear
 from tunewise.layers.narrow_linear import unpacked_products
@@ -49,6 +49,28 @@ def test_what_is_not_a_number_comes_out_as_not_a_number(uses_kernel: bool, bad: 
     product = matmul(quantize_rows(x_MK, uses_kernel), weight_of_8_bits(5, 40), None, torch.float32, uses_kernel)
     assert product[1].isnan().all()
     assert product[[0, 2]].isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("is_unsigned", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_packed_weight_is_the_same_weight(shape: tuple[int, int, int], is_unsigned: bool, by_columns: bool) -> None:
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(4)
+    lowest, dtype = (0, torch.uint8) if is_unsigned else (-127, torch.int8)
+    rows = (torch.randint(lowest, 128, (m, k), dtype=dtype, generator=generator), drawn(m, seed=2).abs())
+    weight = weight_of_8_bits(*((k, n) if by_columns else (n, k)))
+    found = torch.empty(m, n)
+    matmul_packed_(found, *rows, pack(weight, by_columns, is_unsigned), None)
+    assert torch.equal(found, matmul(rows, weight, None, torch.float32, True, by_columns=by_columns))
+
+
+@needs_compiler
+def test_panels_of_another_weight_are_refused() -> None:
+    rows = (torch.ones(2, 8, dtype=torch.int8), torch.ones(2))
+    with pytest.raises(ValueError, match="are not for 8 inputs and 70 outputs"):
+        matmul_packed_(torch.empty(2, 70), *rows, pack(weight_of_8_bits(64, 8), False, False), None)
 
 
 @needs_compiler

@@ -95,6 +95,27 @@ def frozen_head(scale: float = 1.0, bias: bool = False) -> CausalHead:
     return CausalHead(nn.Linear(96, 700, bias=bias).requires_grad_(False), scale)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_head_is_the_same_head(dtype: torch.dtype) -> None:
+    head, labels = frozen_head(), torch.arange(300)[None]
+    head.output.to(dtype)
+    assert isinstance(head.output, nn.Linear)
+    found = []
+    for packs in (False, True):
+        hidden = drawn(1, 300, 96, seed=3).to(dtype).requires_grad_()
+        narrow = NarrowHead.of(head.output, packs)
+        loss = supervised_loss(hidden, labels, head, 300, 128, True, narrow)
+        loss.backward()
+        assert hidden.grad is not None
+        found.append((loss.detach(), hidden.grad, narrow.stored_bytes))
+    (loss, grad, size), (packed_loss, packed_grad, packed_size) = found
+    assert torch.equal(loss, packed_loss)
+    assert torch.equal(grad, packed_grad)
+    assert packed_size == 704 * 96 + 128 * 700 + 4 * 700  # whole panels of 64 outputs
+    assert size == 700 * 96 + 4 * 700
+
+
 @KERNEL_OR_TWIN
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("scale", "bias"), [(1.0, False), (0.5, True)])
@@ -132,6 +153,7 @@ def test_what_is_only_measured_is_measured_exactly() -> None:
 def test_the_copy_is_rounded_by_at_most_half_a_step() -> None:
     output = nn.Linear(40, 5000, bias=False)
     narrow = NarrowHead.of(output)
+    assert narrow.weight_VD is not None
     error = (narrow.weight_VD * narrow.scale_V[:, None] - output.weight).abs()
     assert (error <= 0.5001 * narrow.scale_V[:, None]).all()
     assert narrow.stored_bytes == 5000 * 44
