@@ -20,6 +20,7 @@
 
 #include "numbers.h"
 #include "panels.h"
+#include "vectors.h"
 
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
@@ -164,6 +165,21 @@ inline void scaled(const float* number, const Result<S>& result, int64_t m, int6
 template <class S>
 inline void finish(const int32_t* sums, int32_t shift, int64_t m, int64_t partial_m, int64_t n, int64_t held,
                    const Result<S>& result) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<S, bf16>)
+    if (!result.partial && held == COLS) {
+      bf16* out = result.out + m * result.N + n;
+      const __m512 row_scale = all_of(result.row_scale[m]);
+      for (int64_t j = 0; j < COLS; j += 16) {
+        const __m512 scale =
+            result.col_scale ? _mm512_mul_ps(row_scale, _mm512_loadu_ps(result.col_scale + n + j)) : row_scale;
+        const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + j), _mm512_set1_epi32(shift));
+        const __m512 before = result.adds ? load16(out + j) : _mm512_setzero_ps();
+        store16(out + j, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
+      }
+      return;
+    }
+#endif
   float number[COLS];
 #pragma omp simd
   for (int64_t j = 0; j < COLS; ++j) number[j] = static_cast<float>(sums[j] - shift);
