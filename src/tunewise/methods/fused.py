@@ -28,8 +28,9 @@ class Fused(Method):
     """Compiled kernels on the CPU for norms, rotary positions, SwiGLU, attention per document and cross entropy.
 
     The kernels are C++ that the machine's compiler turns into a library on first use, in a few seconds. LoRA layers
-    that share an input are computed as one function, so their factors meet it together. Every replaced module is
-    compared with the original when the run is built. Products of 'quantize' with compute int8 are made by them too.
+    that share an input are computed as one function, so their factors meet it together; with AVX-512 BF16 by kernels
+    that need no preparation for another number of tokens. Every replaced module is compared with the original when the
+    run is built. Products of 'quantize' with compute int8 are made by kernels too.
 
     The default on a CPU with a compiler, for models of known families, unless a recipe says how attention is computed.
     Without a compiler the default is not taken and a note in `metrics.jsonl` says so; a recipe that names it needs one.
@@ -44,8 +45,8 @@ class Fused(Method):
     Attributes:
         norms: RMSNorm in one pass.
         mlp: gate, up, SwiGLU and down as one function.
-        attention: attention per document: in bf16, up to 2,048 tokens and with AVX-512 BF16 in one kernel, else as
-            batched products over documents of similar length.
+        attention: attention per document: in bf16 and with AVX-512 BF16 in one kernel, else as batched products over
+            documents of similar length.
         loss: cross entropy and its gradient in the logits' own memory.
     """
 

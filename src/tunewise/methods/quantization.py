@@ -63,7 +63,8 @@ class Quantize(Method):
             with precision bf16; a CPU computes it no faster than fp32. What an adapter computes itself keeps its
             precision, and so does an output head (a packed one is unpacked), see `head_compute`.
         head_compute: "dense" computes the loss with the output head as it is; "int8" (with compute int8) makes its
-            logits and the gradient of the hidden states in 8 bits as well, with a copy of the head's weight for it.
+            logits and the gradient of the hidden states in 8 bits as well, with a copy of the head's weight for it
+            ('fused' keeps two, one for each direction).
             Probabilities, most of which are smaller than half a step of their row, are rounded up or down at random,
             right on average. What is only measured (a validation loss) is measured with the head itself.
         skip_modules: name endings of layers that keep their precision; "lm_head" means the output head.
