@@ -151,8 +151,8 @@ def _flops(event: Any) -> float:
         (rows, inner), (_, columns) = event.input_shapes[1:3]
         return 2.0 * rows * inner * columns
     if event.name == "tunewise::thin_product":
-        (rows, inner), factor = event.input_shapes[:2]
-        return 2.0 * rows * inner * (factor[0] if factor[1] == inner else factor[1])
+        (rows, inner), (thin, _) = event.input_shapes[:2]
+        return 2.0 * rows * inner * thin
     if event.name in THIN_PRODUCTS:
         (rows, inner), (_, thin) = event.input_shapes[:2]
         return 2.0 * rows * inner * thin * THIN_PRODUCTS[event.name]

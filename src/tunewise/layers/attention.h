@@ -212,8 +212,8 @@ void backward_of(const Head& head, const Keys& keys, int64_t first, int64_t coun
     product(rows, D / 16, {words_of(desk.rounded), KEYS / 2, 1}, {keys.keys_along + from / 2 * D, D, 16}, span.pairs(),
             sum_q + row * D, D, true);
   }
-  along(head.q + first * D, count, D, desk.asked_along);
-  along(head.grad + first * D, count, D, desk.grad_along);
+  along(head.q + first * D, D, count, D, desk.asked_along);
+  along(head.grad + first * D, D, count, D, desk.grad_along);
   const int64_t begin = all.begin - keys.first;
   for (int64_t key = 0; key < columns; key += ROWS) {
     const int64_t skipped = std::max<int64_t>(0, (all.begin + key - first) / 2);  // queries before a key do not see it

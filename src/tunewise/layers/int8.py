@@ -81,14 +81,18 @@ def _pack(weight: Tensor, by_columns: bool, is_unsigned: bool) -> Tensor:
 def _fake_pack(weight: Tensor, by_columns: bool, is_unsigned: bool) -> Tensor:
     del is_unsigned
     outputs, inputs = reversed(weight.shape) if by_columns else weight.shape
-    return weight.new_empty(-(-outputs // PANEL), -(-inputs // 4), PANEL * 4, dtype=torch.uint8)
+    return weight.new_empty(_panels_shape(outputs, inputs), dtype=torch.uint8)
+
+
+def _panels_shape(outputs: int, inputs: int) -> tuple[int, int, int]:
+    return -(-outputs // PANEL), -(-inputs // 4), PANEL * 4
 
 
 def _matmul_packed_(
     out_MN: Tensor, rows_MK: Tensor, scale_M: Tensor, panels: Tensor, col_scale_N: Tensor | None
 ) -> None:
     sizes = (len(rows_MK), out_MN.shape[1], rows_MK.shape[1])
-    if panels.shape != (-(-sizes[1] // PANEL), -(-sizes[2] // 4), PANEL * 4):
+    if panels.shape != _panels_shape(sizes[1], sizes[2]):
         raise ValueError(f"panels of {tuple(panels.shape)} are not for {sizes[2]} inputs and {sizes[1]} outputs")
     rows = (rows_MK, int(rows_MK.dtype == torch.uint8), rows_MK.stride(0), scale_M)
     call("int8_matmul", out_MN.dtype, *rows, panels, col_scale_N, out_MN, *sizes, _PACKED, 0)

@@ -63,8 +63,8 @@ struct Panels {
     const int64_t key = first + 16 * slice, rows = std::min<int64_t>(16, end - key), to = 16 * slice * D / 2;
     if (keys_across) across(k + key * D, rows, D, keys_across + to);
     if (values_across) across(v + key * D, rows, D, values_across + to);
-    if (keys_along) along(k + key * D, rows, D, keys_along + to);
-    if (values_along) along(v + key * D, rows, D, values_along + to);
+    if (keys_along) along(k + key * D, D, rows, D, keys_along + to);
+    if (values_along) along(v + key * D, D, rows, D, values_along + to);
   }
   Keys of(int64_t first, int64_t end) const { return {keys_across, values_across, keys_along, values_along, first, end}; }
 };

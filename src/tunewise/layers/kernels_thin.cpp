@@ -1,7 +1,7 @@
 // Products with a thin matrix in bf16, as LoRA's factors are: R columns, few. Sums are made in fp32.
 //
-//   product    low[T][R] = scale x[T][K] F          F stored [R][K], or [K][R] (`by_columns`)
-//   gradient   grad[R][K] = scale low^T x           in fp32; where it is asked for, another product of x on the way
+//   product    low[T][R] = x[T][K] F                F stored [R][K]
+//   gradient   grad[R][K] = scale low^T x           in fp32; where it is asked for, scale x F on the way, F [K][R]
 //   update     out[T][N] += scale low F             F stored [N][R], or [R][N] (`by_columns`)
 //
 // General products put every operand in another order first, which for these costs as much as the product: here x is read
@@ -79,21 +79,6 @@ void thin_product(const bf16* x, int64_t ldx, const Product& wanted, int64_t T) 
   for (int64_t first = 0; first < T; first += TOKENS) wanted.rows(x, ldx, first, std::min(T, first + TOKENS));
 }
 
-// Pairs of rows: word k of pair p is (x[2p][k], x[2p + 1][k]); zeros behind the last row.
-inline void pair_rows(const bf16* x, int64_t ld, int64_t rows, int64_t count, uint32_t* pairs) {
-  for (int64_t r = 0; r < rows; r += 2) {
-    const bf16 *one = x + r * ld, *other = one + ld;
-    uint32_t* to = pairs + r / 2 * count;
-    if (r + 1 < rows) {
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k) to[k] = one[k].bits | static_cast<uint32_t>(other[k].bits) << 16;
-    } else {
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k) to[k] = one[k].bits;
-    }
-  }
-}
-
 void thin_gradient(const bf16* x, int64_t ldx, const bf16* low, int64_t ldlow, float* grad, int64_t T, int64_t K,
                    int64_t R, float scale, const Product* wanted) {
   const int64_t size = R * K;
@@ -109,8 +94,8 @@ void thin_gradient(const bf16* x, int64_t ldx, const bf16* low, int64_t ldlow, f
     for (int64_t first = 0; first < T; first += TOKENS) {
       const int64_t rows = std::min(TOKENS, T - first);
       if (wanted) wanted->rows(x, ldx, first, first + rows);
-      pair_rows(x + first * ldx, ldx, rows, K, pairs);
-      pair_rows(low + first * ldlow, ldlow, rows, R, low_pairs);
+      along(x + first * ldx, ldx, rows, K, pairs);
+      along(low + first * ldlow, ldlow, rows, R, low_pairs);
       for (int64_t c = 0; c < R; c += ROWS)
         product(std::min<int64_t>(ROWS, R - c), K / 16, {low_pairs + c, 1, R}, {pairs, K, 16}, (rows + 1) / 2,
                 own + c * K, K, true);
@@ -123,43 +108,6 @@ void thin_gradient(const bf16* x, int64_t ldx, const bf16* low, int64_t ldlow, f
         for (int other = 1; other < threads; ++other) sum += all[other * size + i];
         grad[i] = sum * scale;
       }
-  }
-}
-
-// out[R][16 V] += left right for bf16 outputs.
-template <int R, int V>
-inline void add_block(Left left, Right right, int64_t pairs, bf16* out, int64_t out_row) {
-  __m512 sum[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = load16(out + r * out_row + 16 * v);
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512i w[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = _mm512_loadu_si512(right.words + p * right.pair + v * right.vector);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512i x = _mm512_set1_epi32(static_cast<int32_t>(left.words[r * left.row + p * left.pair]));
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = dot(sum[r][v], w[v], x);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store16(out + r * out_row + 16 * v, sum[r][v]);
-}
-
-template <int V>
-inline void add_rows(int64_t rows, Left left, Right right, int64_t pairs, bf16* out, int64_t out_row) {
-  switch (rows) {
-    case 6: return add_block<6, V>(left, right, pairs, out, out_row);
-    case 5: return add_block<5, V>(left, right, pairs, out, out_row);
-    case 4: return add_block<4, V>(left, right, pairs, out, out_row);
-    case 3: return add_block<3, V>(left, right, pairs, out, out_row);
-    case 2: return add_block<2, V>(left, right, pairs, out, out_row);
-    case 1: return add_block<1, V>(left, right, pairs, out, out_row);
   }
 }
 
@@ -189,20 +137,16 @@ void thin_update(bf16* out, int64_t ldout, const bf16* low, int64_t ldlow, const
         const bf16* one = low + (first + r) * ldlow + 2 * p;
         left[r * P + p] = one->bits | (2 * p + 1 < R ? static_cast<uint32_t>(one[1].bits) << 16 : 0u);
       }
-    bf16* to = out + first * ldout;
-    int64_t n = 0;
-    for (; n + 64 <= N; n += 64) add_rows<4>(rows, {left, P, 1}, {panel + n, N, 16}, P, to + n, ldout);
-    for (; n < N; n += 16) add_rows<1>(rows, {left, P, 1}, {panel + n, N, 16}, P, to + n, ldout);
+    product(rows, N / 16, {left, P, 1}, {panel, N, 16}, P, out + first * ldout, ldout, true);
   }
 }
 
 }  // namespace
 
 extern "C" {
-void thin_product_bf16(const void* x, int64_t ldx, const void* f, void* low, int64_t ldlow, int64_t T, int64_t K,
-                       int64_t R, int64_t by_columns, float scale) {
-  const uint32_t* panel = panel_in_room(static_cast<const bf16*>(f), K, R, by_columns != 0);
-  thin_product(static_cast<const bf16*>(x), ldx, {panel, static_cast<bf16*>(low), ldlow, K, R, scale}, T);
+void thin_product_bf16(const void* x, int64_t ldx, const void* f, void* low, int64_t T, int64_t K, int64_t R) {
+  const uint32_t* panel = panel_in_room(static_cast<const bf16*>(f), K, R, false);
+  thin_product(static_cast<const bf16*>(x), ldx, {panel, static_cast<bf16*>(low), R, K, R, 1.0f}, T);
 }
 
 // `f` and `wanted`, both or none: the product of x with f, stored by columns, of the same size.

@@ -136,7 +136,8 @@ class NarrowHead:
     def _logits_(self, out_CV: Tensor, hidden: Rows, uses_kernel: bool) -> None:
         if self.panels is not None:
             matmul_packed_(out_CV, *hidden, self.panels[0], self.scale_V)
-        elif self.weight_VD is not None:
+        else:
+            assert self.weight_VD is not None
             matmul_into_(out_CV, hidden, self.weight_VD, self.scale_V, uses_kernel)
 
     def _gradient(self, rows: Rows, dtype: torch.dtype, size: int, uses_kernel: bool) -> Tensor:

@@ -35,14 +35,15 @@ struct Right {
   int64_t pair, vector;
 };
 
-// out[R][16 V] = (out +) left right. Every loop over the sums is unrolled and stands here, or gcc keeps them in memory.
-template <int R, int V>
-void block(Left left, Right right, int64_t pairs, float* out, int64_t out_row, bool adds) {
+// out[R][16 V] = (out +) left right, out fp32 or bf16. Every loop over the sums is unrolled and stands here, or gcc keeps
+// them in memory.
+template <int R, int V, class S>
+void block(Left left, Right right, int64_t pairs, S* out, int64_t out_row, bool adds) {
   __m512 sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = adds ? _mm512_loadu_ps(out + r * out_row + 16 * v) : _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) sum[r][v] = adds ? load16(out + r * out_row + 16 * v) : _mm512_setzero_ps();
   for (int64_t p = 0; p < pairs; ++p) {
     __m512i w[V];
 #pragma GCC unroll 4
@@ -57,22 +58,25 @@ void block(Left left, Right right, int64_t pairs, float* out, int64_t out_row, b
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + r * out_row + 16 * v, sum[r][v]);
+    for (int v = 0; v < V; ++v) store16(out + r * out_row + 16 * v, sum[r][v]);
 }
 
-using Block = void (*)(Left, Right, int64_t, float*, int64_t, bool);
-constexpr Block BLOCKS[ROWS][VECTORS] = {
-    {block<1, 1>, block<1, 2>, block<1, 3>, block<1, 4>}, {block<2, 1>, block<2, 2>, block<2, 3>, block<2, 4>},
-    {block<3, 1>, block<3, 2>, block<3, 3>, block<3, 4>}, {block<4, 1>, block<4, 2>, block<4, 3>, block<4, 4>},
-    {block<5, 1>, block<5, 2>, block<5, 3>, block<5, 4>}, {block<6, 1>, block<6, 2>, block<6, 3>, block<6, 4>}};
+template <class S>
+using Block = void (*)(Left, Right, int64_t, S*, int64_t, bool);
+template <int R, class S>
+constexpr Block<S> OF_ROWS[VECTORS] = {block<R, 1, S>, block<R, 2, S>, block<R, 3, S>, block<R, 4, S>};
+template <class S>
+constexpr const Block<S>* BLOCKS[ROWS] = {OF_ROWS<1, S>, OF_ROWS<2, S>, OF_ROWS<3, S>,
+                                          OF_ROWS<4, S>, OF_ROWS<5, S>, OF_ROWS<6, S>};
 
 // `rows` <= ROWS rows times `vectors` vectors of 16 columns.
-inline void product(int64_t rows, int64_t vectors, Left left, Right right, int64_t pairs, float* out, int64_t out_row,
+template <class S>
+inline void product(int64_t rows, int64_t vectors, Left left, Right right, int64_t pairs, S* out, int64_t out_row,
                     bool adds = false) {
   for (int64_t v = 0; v < vectors; v += VECTORS) {
     const int64_t held = std::min<int64_t>(VECTORS, vectors - v);
     const Right from{right.words + v * right.vector, right.pair, right.vector};
-    BLOCKS[rows - 1][held - 1](left, from, pairs, out + 16 * v, out_row, adds);
+    BLOCKS<S>[rows - 1][held - 1](left, from, pairs, out + 16 * v, out_row, adds);
   }
 }
 
@@ -90,10 +94,10 @@ inline void across(const bf16* x, int64_t rows, int64_t D, uint32_t* out) {
     for (int64_t p = 0; p < D / 2; ++p) std::memcpy(out + p * 16 + r, x + r * D + 2 * p, 4);
 }
 
-// Rows that are summed over: [rows / 2][D], pairs of rows; zeros behind the last.
-inline void along(const bf16* x, int64_t rows, int64_t D, uint32_t* out) {
+// Rows that are summed over, `ld` numbers from each other: [rows / 2][D], pairs of rows; zeros behind the last.
+inline void along(const bf16* x, int64_t ld, int64_t rows, int64_t D, uint32_t* out) {
   for (int64_t r = 0; r < rows; r += 2) {
-    const bf16 *one = x + r * D, *other = one + D;
+    const bf16 *one = x + r * ld, *other = one + ld;
     uint32_t* pairs = out + r / 2 * D;
     if (r + 1 < rows) {
 #pragma omp simd

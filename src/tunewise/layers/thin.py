@@ -23,37 +23,23 @@ MOST = 64
 """Columns that the kernels take."""
 
 
-def _product(x_TK: Tensor, factor: Tensor, by_columns: bool, scale: float) -> Tensor:
-    low_TR = _fake_product(x_TK, factor, by_columns, scale)
-    sizes = (*x_TK.shape, low_TR.shape[1])
-    call(
-        "thin_product",
-        x_TK.dtype,
-        x_TK,
-        x_TK.stride(0),
-        factor,
-        low_TR,
-        low_TR.shape[1],
-        *sizes,
-        int(by_columns),
-        scale,
-    )
+def _product(x_TK: Tensor, factor_RK: Tensor) -> Tensor:
+    low_TR = _fake_product(x_TK, factor_RK)
+    call("thin_product", x_TK.dtype, x_TK, x_TK.stride(0), factor_RK, low_TR, *x_TK.shape, len(factor_RK))
     return low_TR
 
 
-def _fake_product(x_TK: Tensor, factor: Tensor, by_columns: bool, scale: float) -> Tensor:
-    del scale
-    return x_TK.new_empty(len(x_TK), factor.shape[1 if by_columns else 0])
+def _fake_product(x_TK: Tensor, factor_RK: Tensor) -> Tensor:
+    return x_TK.new_empty(len(x_TK), len(factor_RK))
 
 
-def _gradient(x_TK: Tensor, low_TR: Tensor, scale: float) -> Tensor:
-    grad_RK = _fake_gradient(x_TK, low_TR, scale)
-    _gradient_into(grad_RK, x_TK, low_TR, None, None, scale)
+def _gradient(x_TK: Tensor, low_TR: Tensor) -> Tensor:
+    grad_RK = _fake_gradient(x_TK, low_TR)
+    _gradient_into(grad_RK, x_TK, low_TR, None, None, 1.0)
     return grad_RK
 
 
-def _fake_gradient(x_TK: Tensor, low_TR: Tensor, scale: float) -> Tensor:
-    del scale
+def _fake_gradient(x_TK: Tensor, low_TR: Tensor) -> Tensor:
     return x_TK.new_empty(low_TR.shape[1], x_TK.shape[1], dtype=torch.float32)
 
 
@@ -66,7 +52,7 @@ def _gradient_into(
 
 
 def _gradient_and_product_(x_TK: Tensor, low_TR: Tensor, factor_KR: Tensor, product_TR: Tensor, scale: float) -> Tensor:
-    grad_RK = _fake_gradient(x_TK, low_TR, scale)
+    grad_RK = _fake_gradient(x_TK, low_TR)
     _gradient_into(grad_RK, x_TK, low_TR, factor_KR, product_TR, scale)
     return grad_RK
 
@@ -77,14 +63,12 @@ def _update_(out_TK: Tensor, low_TR: Tensor, factor: Tensor, by_columns: bool, s
     call("thin_update", out_TK.dtype, *rows, *sizes, int(by_columns), scale)
 
 
-product_kernel = define(
-    "thin_product(Tensor x, Tensor factor, bool by_columns, float scale) -> Tensor", _product, _fake_product
-)
-gradient_kernel = define("thin_gradient(Tensor x, Tensor low, float scale) -> Tensor", _gradient, _fake_gradient)
+product_kernel = define("thin_product(Tensor x, Tensor factor) -> Tensor", _product, _fake_product)
+gradient_kernel = define("thin_gradient(Tensor x, Tensor low) -> Tensor", _gradient, _fake_gradient)
 gradient_and_product_kernel_ = define(
     "thin_gradient_and_product_(Tensor x, Tensor low, Tensor factor, Tensor(a!) product, float scale) -> Tensor",
     _gradient_and_product_,
-    lambda x, low, factor, product, scale: _fake_gradient(x, low, scale),
+    lambda x, low, factor, product, scale: _fake_gradient(x, low),
 )
 update_kernel_ = define(
     "thin_update_(Tensor(a!) out, Tensor low, Tensor factor, bool by_columns, float scale) -> ()",
@@ -104,7 +88,7 @@ def product(x_TK: Tensor, factor_RK: Tensor) -> Tensor:
     """Return x factor^T, (T, R)."""
     if not can_multiply(x_TK, len(factor_RK)):
         return x_TK @ factor_RK.T
-    found: Tensor = product_kernel(x_TK, factor_RK.contiguous(), False, 1.0)
+    found: Tensor = product_kernel(x_TK, factor_RK.contiguous())
     return found
 
 
@@ -112,7 +96,7 @@ def gradient(x_TK: Tensor, low_TR: Tensor) -> Tensor:
     """Return low^T x, (R, K), in fp32 from the kernel, else in their dtype."""
     if not can_multiply(x_TK, low_TR.shape[1]):
         return low_TR.T @ x_TK
-    found: Tensor = gradient_kernel(x_TK, low_TR, 1.0)
+    found: Tensor = gradient_kernel(x_TK, low_TR)
     return found
 
 

@@ -24,6 +24,8 @@ inline __mmask16 first_of(int64_t left) { return left >= 16 ? ALL : static_cast<
 inline __m512 load16(const bf16* p, __mmask16 lanes = ALL) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
 }
+inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
+inline void store16(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 inline void store16(bf16* to, __m512 x, __mmask16 lanes = ALL) {
   _mm256_mask_storeu_epi16(to, lanes, (__m256i)_mm512_cvtneps_pbh(x));
 }
